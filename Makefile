@@ -1,0 +1,65 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTOS := $(wildcard protos/longshore/proto/v1/*.proto)
+
+.PHONY: help demo test test-quick check proto proto-check lint types imports clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# A stamp file a target, so that a second `make` installs nothing.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+
+$(VENV)/.local: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[local]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.local
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
+	@touch $@
+
+demo: $(VENV)/.local ## install, then train a small model on this machine until its reward has risen
+	$(BIN)/longshore run examples/first-light.yaml
+
+test: $(VENV)/.dev ## every test: unit, contract, integration, end to end
+	$(BIN)/python -m pytest
+
+test-quick: $(VENV)/.dev ## unit and contract tests only
+	$(BIN)/python -m pytest tests/unit tests/contract
+
+check: lint types imports proto-check ## ruff, mypy, import-linter, buf, stub drift
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/buf lint
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+# The stubs are committed; their imports are right as generated, because protos/ mirrors services/.
+define generate
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=$(1) --grpc_python_out=$(1) \
+	    --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) \
+	    --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc $(PROTOS)
+endef
+
+proto: $(VENV)/.dev ## regenerate the gRPC stubs
+	$(call generate,services)
+
+proto-check: $(VENV)/.dev
+	@rm -rf build/proto && mkdir -p build/proto
+	@$(call generate,build/proto)
+	@diff -r --exclude=__init__.py --exclude=__pycache__ build/proto/longshore/proto services/longshore/proto \
+	    || (echo 'stubs differ from protos/: run `make proto` and commit' && exit 1)
+	@echo 'stubs match protos/'
+
+clean: ## remove what building and running left behind, the virtual environment excepted
+	rm -rf build dist .longshore runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,276 @@
+"""The JobSpec: what `POST /v1/jobs` takes and every process of a job reads.
+
+Importable without torch, because the gateway validates learner settings. Checks that need more than the document
+itself (does the file exist, is the verifier installed) are in `tasks/check.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from longshore.errors import Fault, InvalidJobSpec
+
+NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN, description="1-40 characters of a-z, 0-9 and -")]
+Json = dict[str, object]
+
+
+class Spec(BaseModel):
+    """Base of all parts: unknown keys are faults, not typos that pass."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class NewModel(Spec):
+    """A Llama decoder with random weights and its own small tokenizer."""
+
+    kind: Literal["new"] = "new"
+    hidden_size: int = Field(128, ge=16, le=4096)
+    layers: int = Field(4, ge=1, le=64)
+    heads: int = Field(4, ge=1, le=64)
+    kv_heads: int = Field(4, ge=1, le=64)
+    intermediate_size: int = Field(384, ge=16, le=16384)
+    max_context: int = Field(64, ge=8, le=131072, description="tokens, prompt and replies together")
+    tie_embeddings: bool = True
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> NewModel:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 * heads ({2 * self.heads})")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+        return self
+
+
+class DirectoryModel(Spec):
+    """A Hugging Face checkpoint directory: config.json, safetensors, tokenizer."""
+
+    kind: Literal["directory"]
+    path: Path
+
+
+class TasksSpec(Spec):
+    """Where problems come from. `source` names an entry point of `longshore.task_sources`."""
+
+    source: str = Field(min_length=1)
+    # Only for file-backed sources.
+    path: Path | None = None
+    # Only for reasoning-gym: the data set's name.
+    dataset: str | None = None
+    options: Json = Field(default_factory=dict)
+    heldout_fraction: float = Field(
+        0.1, ge=0.0, le=0.5, description="share of task texts kept from all training, chosen by a hash of the text"
+    )
+
+
+class EnvironmentSpec(Spec):
+    """What answers the model's turns. `name` names an entry point of `longshore.environments`."""
+
+    name: str = "single-turn"
+    options: Json = Field(default_factory=dict)
+    max_turns: int = Field(1, ge=1, le=1000)
+
+
+class VerifierSpec(Spec):
+    """Who scores. `name` names an entry point of `longshore.verifiers`."""
+
+    name: str = Field(min_length=1)
+    options: Json = Field(default_factory=dict)
+    timeout_s: float = Field(10.0, gt=0, le=86400, description="seconds that one score may take")
+
+
+class SamplingSpec(Spec):
+    """How rollouts are drawn. The whole distribution is sampled: truncation would falsify the log-probs."""
+
+    temperature: float = Field(1.0, gt=0, le=10, allow_inf_nan=False)
+    max_new_tokens: int = Field(16, ge=1, le=131072)
+
+
+class WarmStartSpec(Spec):
+    """Supervised training before version 0, on demonstrations that are wrong on purpose in a share of cases, so that
+    the policy knows the task without being reliable at it."""
+
+    steps: int = Field(200, ge=1, le=1_000_000)
+    batch_size: int = Field(64, ge=1, le=65536, description="demonstrations a step")
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    wrong_fraction: float = Field(0.5, ge=0, le=1, description="share of demonstrations whose answer is corrupted")
+
+
+class DppoObjective(Spec):
+    """Divergence-masked policy gradient with a quadratic log-ratio term; see learner/objective.py."""
+
+    name: Literal["dppo"] = "dppo"
+    max_probability_gap: float = Field(0.2, gt=0, le=1)
+    ratio_cap: float = Field(20.0, gt=1)
+    quadratic: float = Field(1e-3, ge=0)
+
+
+class ClipObjective(Spec):
+    """PPO/GRPO clipped surrogate; see learner/objective.py."""
+
+    name: Literal["clip"]
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.2, gt=0)
+
+
+Objective = Annotated[DppoObjective | ClipObjective, Field(discriminator="name")]
+
+
+class TrainSpec(Spec):
+    """The learner's loop. A batch is `groups_per_step * group_size` rollouts."""
+
+    steps: int = Field(ge=1, le=10_000_000)
+    groups_per_step: int = Field(16, ge=1, le=65536)
+    group_size: int = Field(8, ge=2, le=4096, description="rollouts a task; at least 2, so that there is a baseline")
+    learning_rate: float = Field(3e-4, gt=0, le=1)
+    final_learning_rate: float | None = Field(None, gt=0, le=1, description="linear decay to this; absent: constant")
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    advantage: Literal["group-mean", "group-mean-std"] = "group-mean"
+    objective: Objective = DppoObjective()
+    target_staleness: int = Field(
+        1,
+        ge=0,
+        le=100_000,
+        description="batches in flight beyond the one being trained: issued - consumed <= (this + 1) * batch",
+    )
+    checkpoint_every: int = Field(25, ge=1, description="train steps between durable checkpoints")
+
+    @property
+    def batch_size(self) -> int:
+        """Rollouts a train step."""
+        return self.groups_per_step * self.group_size
+
+
+class EvaluationSpec(Spec):
+    """Held-out tasks, sampled once each at the training temperature, before the first train step and after the last."""
+
+    tasks: int = Field(0, ge=0, le=1_000_000)
+
+
+class WeightsSpec(Spec):
+    """How policy versions are published."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    keep: int = Field(8, ge=2, description="newest versions kept in the store")
+
+
+class ResourcesSpec(Spec):
+    """How many processes, and how wide each is."""
+
+    actors: int = Field(2, ge=1, le=1024)
+    generators: int = Field(1, ge=1, le=1, description="more than one comes with load balancing in the actor")
+    verifiers: int = Field(1, ge=1, le=1, description="each has `verifier_workers` scoring processes")
+    rollouts_per_actor: int = Field(64, ge=1, le=4096)
+    generator_slots: int = Field(128, ge=1, le=4096, description="requests decoded together")
+    verifier_workers: int = Field(1, ge=1, le=64)
+    threads: int = Field(1, ge=1, le=1024, description="torch threads of the learner and of each generator")
+    actor_lease_s: float = Field(15.0, ge=1, le=3600)
+    max_attempts: int = Field(5, ge=1, le=100, description="attempts at a ticket before it is a dead letter")
+
+
+class JobSpec(Spec):
+    """One training run."""
+
+    name: Name
+    project: Name = "default"
+    seed: int = Field(0, ge=0, lt=2**32)
+    model: Annotated[NewModel | DirectoryModel, Field(discriminator="kind")] = NewModel()
+    tasks: TasksSpec
+    environment: EnvironmentSpec = EnvironmentSpec()
+    verifier: VerifierSpec
+    sampling: SamplingSpec = SamplingSpec()
+    warm_start: WarmStartSpec | None = None
+    train: TrainSpec
+    evaluation: EvaluationSpec = EvaluationSpec()
+    weights: WeightsSpec = WeightsSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> JobSpec:
+        # One ValueError a rule would hide the others, so the messages are collected.
+        faults = []
+        if self.evaluation.tasks and not self.tasks.heldout_fraction:
+            faults.append("evaluation.tasks needs tasks.heldout_fraction > 0: nothing would be held out")
+        if isinstance(self.model, NewModel) and self.sampling.max_new_tokens >= self.model.max_context:
+            faults.append(
+                f"sampling.max_new_tokens {self.sampling.max_new_tokens} must be below model.max_context "
+                f"{self.model.max_context}: the prompt needs room too"
+            )
+        if self.environment.name == "single-turn" and self.environment.max_turns != 1:
+            faults.append("environment.max_turns must be 1 with environment.name single-turn")
+        if self.train.warmup_steps > self.train.steps:
+            faults.append(
+                f"train.warmup_steps {self.train.warmup_steps} must not exceed train.steps {self.train.steps}"
+            )
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+
+def parse_job(document: object) -> JobSpec:
+    """Validates a parsed YAML or JSON document.
+
+    Raises:
+        InvalidJobSpec: with every fault, by path.
+    """
+    if not isinstance(document, dict):
+        raise InvalidJobSpec(
+            [Fault("(document)", document, "must be a mapping of keys; see examples/first-light.yaml")]
+        )
+    try:
+        return JobSpec.model_validate(document)
+    except pydantic.ValidationError as error:
+        raise InvalidJobSpec([_fault(entry) for entry in error.errors(include_url=False)]) from None
+
+
+def load_job(path: Path) -> Json:
+    """Reads a YAML or JSON job file and makes its relative paths absolute, from the file's own folder.
+
+    Raises:
+        InvalidJobSpec: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidJobSpec([Fault(str(path), path.name, f"cannot be read: {error.strerror}")]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise InvalidJobSpec([Fault(str(path), path.name, f"is not YAML: {where}")]) from None
+    if not isinstance(document, dict):
+        raise InvalidJobSpec([Fault(str(path), document, "must be a mapping of keys; see examples/first-light.yaml")])
+    for part in ("tasks", "model"):
+        section = document.get(part)
+        if isinstance(section, dict) and isinstance(section.get("path"), str):
+            section["path"] = str((path.parent / section["path"]).resolve())
+    return document
+
+
+def _fault(entry: object) -> Fault:
+    assert isinstance(entry, dict)
+    where = ".".join(str(part) for part in entry["loc"] if part not in ("new", "directory", "dppo", "clip")) or "(job)"
+    if entry["type"] == "extra_forbidden":
+        return Fault(where, entry["input"], f"unknown key; allowed here: {', '.join(_allowed(entry['loc']))}")
+    return Fault(where, entry["input"], entry["msg"].removeprefix("Value error, "))
+
+
+def _allowed(loc: tuple[object, ...]) -> list[str]:
+    """Keys that the part holding an unknown key does know."""
+    part: type[BaseModel] = JobSpec
+    for step in loc[:-1]:
+        variants = {"new": NewModel, "directory": DirectoryModel, "dppo": DppoObjective, "clip": ClipObjective}
+        known = part.model_fields.get(str(step))
+        annotation = known.annotation if known else variants.get(str(step))
+        nested = [item for item in (annotation, *getattr(annotation, "__args__", ())) if _is_spec(item)]
+        part = nested[0] if nested else part
+    return sorted(part.model_fields)
+
+
+def _is_spec(item: object) -> bool:
+    return isinstance(item, type) and issubclass(item, BaseModel)

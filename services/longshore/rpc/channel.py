@@ -1,0 +1,87 @@
+"""gRPC channels: where TLS is decided, in one place.
+
+Plain text is for loopback and Unix sockets alone. Anything that leaves the machine needs LONGSHORE_TLS_CA, and, where
+the peer asks who we are, LONGSHORE_TLS_CERT and LONGSHORE_TLS_KEY (PEM files).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from longshore.errors import ConfigError
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+# Built-in retries: a peer that restarts is not its callers' problem. Calls still end at their deadline.
+_SERVICE_CONFIG = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{}],
+                "retryPolicy": {
+                    "maxAttempts": 5,
+                    "initialBackoff": "0.1s",
+                    "maxBackoff": "2s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
+
+CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.service_config", _SERVICE_CONFIG),
+]
+
+
+def is_local(address: str) -> bool:
+    """Whether an address can only be reached from this machine: a Unix socket or a loopback host."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rsplit(":", 1)[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def tls_file(variable: str) -> bytes | None:
+    """Content of the PEM file that a variable names; None when it is unset. Raises ConfigError if unreadable."""
+    path = os.environ.get(variable)
+    if not path:
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{variable} {path}: {error.strerror}") from None
+
+
+def channel(address: str) -> grpc.aio.Channel:
+    """An asyncio channel to `address` ("host:port" or "unix:path").
+
+    Raises:
+        ConfigError: the address is off this machine and no TLS authority is configured.
+    """
+    ca = tls_file("LONGSHORE_TLS_CA")
+    if ca is not None and not address.startswith("unix:"):
+        credentials = grpc.ssl_channel_credentials(ca, tls_file("LONGSHORE_TLS_KEY"), tls_file("LONGSHORE_TLS_CERT"))
+        return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+    if not is_local(address):
+        raise ConfigError(f"{address} is not on this machine: set LONGSHORE_TLS_CA (and _CERT, _KEY) to reach it")
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
