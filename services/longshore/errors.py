@@ -8,6 +8,7 @@
     |   `-- Fenced              an older learner epoch or lease attempt tried to write
     |-- Rejected                a rollout, verdict or payload failed validation; carries the reason
     |-- IntegrityError          a checksum or a signature does not match
+    |-- Interrupted             a process was told to stop before its work was done
     |-- Unavailable             a peer cannot be reached or is not ready; worth a retry
     `-- PluginError             an entry point is unknown or failed to load
 
@@ -80,6 +81,10 @@ class IntegrityError(LongshoreError):
 
 class Unavailable(LongshoreError):
     """A peer cannot be reached or is not ready; the caller may retry within its deadline."""
+
+
+class Interrupted(LongshoreError):
+    """The process was told to stop before its work was done; a later one goes on from what is durable."""
 
 
 class PluginError(LongshoreError):

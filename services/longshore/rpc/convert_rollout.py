@@ -99,12 +99,14 @@ def _check(rollout: t.Rollout, message: rollout_pb2.Rollout) -> None:
             raise Rejected("tables", "a span points outside the sampling or engine table")
     if (message.min_version, message.max_version) != (rollout.min_version, rollout.max_version):
         raise Rejected("versions", "min_version and max_version do not match the spans")
-    lengths = {segment.segment_id: len(segment.token_ids) for segment in rollout.segments}
-    if len(lengths) != len(rollout.segments):
-        raise Rejected("malformed", "two segments share one id")
+    lengths: dict[str, int] = {}
     for segment in rollout.segments:
+        # A parent stands before its child, so that no chain of prefixes can be a ring.
+        if segment.segment_id in lengths:
+            raise Rejected("malformed", "two segments share one id")
         if segment.parent_segment_id is not None and segment.prefix_len > lengths.get(segment.parent_segment_id, -1):
             raise Rejected("malformed", f"segment {segment.segment_id} extends what is not there")
+        lengths[segment.segment_id] = len(segment.token_ids)
     for turn in rollout.turns:
         if turn.length < 1 or turn.start + turn.length > lengths.get(turn.segment_id, -1):
             raise Rejected("turns", "a turn lies outside its segment")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#longshore/proto/v1/supervisor.proto\x12\x12longshore.proto.v1\"\xfa\x01\n\x07Process\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x61rgv\x18\x02 \x03(\t\x12\x31\n\x03\x65nv\x18\x03 \x03(\x0b\x32$.longshore.proto.v1.Process.EnvEntry\x12\x10\n\x08log_path\x18\x04 \x01(\t\x12\x33\n\x0bready_check\x18\x05 \x01(\x0e\x32\x1e.longshore.proto.v1.ReadyCheck\x12\x15\n\rready_address\x18\x06 \x01(\t\x12\x16\n\x0e\x63ompletes_unit\x18\x07 \x01(\x08\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"L\n\x0c\x41pplyRequest\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12.\n\tprocesses\x18\x02 \x03(\x0b\x32\x1b.longshore.proto.v1.Process\"\x0f\n\rApplyResponse\"-\n\rRemoveRequest\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x10\n\x0eRemoveResponse\"\xa5\x01\n\rProcessStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .longshore.proto.v1.ProcessState\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x10\n\x08restarts\x18\x04 \x01(\r\x12\x16\n\texit_code\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x10\n\x08log_path\x18\x06 \x01(\tB\x0c\n\n_exit_code\"\x8f\x01\n\nUnitStatus\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.longshore.proto.v1.UnitState\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x34\n\tprocesses\x18\x04 \x03(\x0b\x32!.longshore.proto.v1.ProcessStatus\"\x13\n\x11WatchUnitsRequest\"C\n\x12WatchUnitsResponse\x12-\n\x05units\x18\x01 \x03(\x0b\x32\x1e.longshore.proto.v1.UnitStatus*V\n\nReadyCheck\x12\x1b\n\x17READY_CHECK_UNSPECIFIED\x10\x00\x12\x14\n\x10READY_CHECK_GRPC\x10\x01\x12\x15\n\x11READY_CHECK_REDIS\x10\x02*\xb2\x01\n\x0cProcessState\x12\x1d\n\x19PROCESS_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16PROCESS_STATE_STARTING\x10\x01\x12\x17\n\x13PROCESS_STATE_READY\x10\x02\x12\x19\n\x15PROCESS_STATE_BACKOFF\x10\x03\x12\x18\n\x14PROCESS_STATE_EXITED\x10\x04\x12\x19\n\x15PROCESS_STATE_GAVE_UP\x10\x05*p\n\tUnitState\x12\x1a\n\x16UNIT_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12UNIT_STATE_RUNNING\x10\x01\x12\x18\n\x14UNIT_STATE_SUCCEEDED\x10\x02\x12\x15\n\x11UNIT_STATE_FAILED\x10\x03\x32\x91\x02\n\x11SupervisorService\x12L\n\x05\x41pply\x12 .longshore.proto.v1.ApplyRequest\x1a!.longshore.proto.v1.ApplyResponse\x12O\n\x06Remove\x12!.longshore.proto.v1.RemoveRequest\x1a\".longshore.proto.v1.RemoveResponse\x12]\n\nWatchUnits\x12%.longshore.proto.v1.WatchUnitsRequest\x1a&.longshore.proto.v1.WatchUnitsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#longshore/proto/v1/supervisor.proto\x12\x12longshore.proto.v1\"\x8b\x02\n\x07Process\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x61rgv\x18\x02 \x03(\t\x12\x31\n\x03\x65nv\x18\x03 \x03(\x0b\x32$.longshore.proto.v1.Process.EnvEntry\x12\x10\n\x08log_path\x18\x04 \x01(\t\x12\x33\n\x0bready_check\x18\x05 \x01(\x0e\x32\x1e.longshore.proto.v1.ReadyCheck\x12\x15\n\rready_address\x18\x06 \x01(\t\x12\x16\n\x0e\x63ompletes_unit\x18\x07 \x01(\x08\x12\x0f\n\x07service\x18\x08 \x01(\t\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"L\n\x0c\x41pplyRequest\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12.\n\tprocesses\x18\x02 \x03(\x0b\x32\x1b.longshore.proto.v1.Process\"\x0f\n\rApplyResponse\"-\n\rRemoveRequest\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x10\n\x0eRemoveResponse\"\xa5\x01\n\rProcessStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .longshore.proto.v1.ProcessState\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x10\n\x08restarts\x18\x04 \x01(\r\x12\x16\n\texit_code\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x10\n\x08log_path\x18\x06 \x01(\tB\x0c\n\n_exit_code\"\x8f\x01\n\nUnitStatus\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.longshore.proto.v1.UnitState\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x34\n\tprocesses\x18\x04 \x03(\x0b\x32!.longshore.proto.v1.ProcessStatus\"\x13\n\x11WatchUnitsRequest\"C\n\x12WatchUnitsResponse\x12-\n\x05units\x18\x01 \x03(\x0b\x32\x1e.longshore.proto.v1.UnitStatus*V\n\nReadyCheck\x12\x1b\n\x17READY_CHECK_UNSPECIFIED\x10\x00\x12\x14\n\x10READY_CHECK_GRPC\x10\x01\x12\x15\n\x11READY_CHECK_REDIS\x10\x02*\xb2\x01\n\x0cProcessState\x12\x1d\n\x19PROCESS_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16PROCESS_STATE_STARTING\x10\x01\x12\x17\n\x13PROCESS_STATE_READY\x10\x02\x12\x19\n\x15PROCESS_STATE_BACKOFF\x10\x03\x12\x18\n\x14PROCESS_STATE_EXITED\x10\x04\x12\x19\n\x15PROCESS_STATE_GAVE_UP\x10\x05*p\n\tUnitState\x12\x1a\n\x16UNIT_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12UNIT_STATE_RUNNING\x10\x01\x12\x18\n\x14UNIT_STATE_SUCCEEDED\x10\x02\x12\x15\n\x11UNIT_STATE_FAILED\x10\x03\x32\x91\x02\n\x11SupervisorService\x12L\n\x05\x41pply\x12 .longshore.proto.v1.ApplyRequest\x1a!.longshore.proto.v1.ApplyResponse\x12O\n\x06Remove\x12!.longshore.proto.v1.RemoveRequest\x1a\".longshore.proto.v1.RemoveResponse\x12]\n\nWatchUnits\x12%.longshore.proto.v1.WatchUnitsRequest\x1a&.longshore.proto.v1.WatchUnitsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,32 +33,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PROCESS_ENVENTRY']._loaded_options = None
   _globals['_PROCESS_ENVENTRY']._serialized_options = b'8\001'
-  _globals['_READYCHECK']._serialized_start=876
-  _globals['_READYCHECK']._serialized_end=962
-  _globals['_PROCESSSTATE']._serialized_start=965
-  _globals['_PROCESSSTATE']._serialized_end=1143
-  _globals['_UNITSTATE']._serialized_start=1145
-  _globals['_UNITSTATE']._serialized_end=1257
+  _globals['_READYCHECK']._serialized_start=893
+  _globals['_READYCHECK']._serialized_end=979
+  _globals['_PROCESSSTATE']._serialized_start=982
+  _globals['_PROCESSSTATE']._serialized_end=1160
+  _globals['_UNITSTATE']._serialized_start=1162
+  _globals['_UNITSTATE']._serialized_end=1274
   _globals['_PROCESS']._serialized_start=60
-  _globals['_PROCESS']._serialized_end=310
-  _globals['_PROCESS_ENVENTRY']._serialized_start=268
-  _globals['_PROCESS_ENVENTRY']._serialized_end=310
-  _globals['_APPLYREQUEST']._serialized_start=312
-  _globals['_APPLYREQUEST']._serialized_end=388
-  _globals['_APPLYRESPONSE']._serialized_start=390
-  _globals['_APPLYRESPONSE']._serialized_end=405
-  _globals['_REMOVEREQUEST']._serialized_start=407
-  _globals['_REMOVEREQUEST']._serialized_end=452
-  _globals['_REMOVERESPONSE']._serialized_start=454
-  _globals['_REMOVERESPONSE']._serialized_end=470
-  _globals['_PROCESSSTATUS']._serialized_start=473
-  _globals['_PROCESSSTATUS']._serialized_end=638
-  _globals['_UNITSTATUS']._serialized_start=641
-  _globals['_UNITSTATUS']._serialized_end=784
-  _globals['_WATCHUNITSREQUEST']._serialized_start=786
-  _globals['_WATCHUNITSREQUEST']._serialized_end=805
-  _globals['_WATCHUNITSRESPONSE']._serialized_start=807
-  _globals['_WATCHUNITSRESPONSE']._serialized_end=874
-  _globals['_SUPERVISORSERVICE']._serialized_start=1260
-  _globals['_SUPERVISORSERVICE']._serialized_end=1533
+  _globals['_PROCESS']._serialized_end=327
+  _globals['_PROCESS_ENVENTRY']._serialized_start=285
+  _globals['_PROCESS_ENVENTRY']._serialized_end=327
+  _globals['_APPLYREQUEST']._serialized_start=329
+  _globals['_APPLYREQUEST']._serialized_end=405
+  _globals['_APPLYRESPONSE']._serialized_start=407
+  _globals['_APPLYRESPONSE']._serialized_end=422
+  _globals['_REMOVEREQUEST']._serialized_start=424
+  _globals['_REMOVEREQUEST']._serialized_end=469
+  _globals['_REMOVERESPONSE']._serialized_start=471
+  _globals['_REMOVERESPONSE']._serialized_end=487
+  _globals['_PROCESSSTATUS']._serialized_start=490
+  _globals['_PROCESSSTATUS']._serialized_end=655
+  _globals['_UNITSTATUS']._serialized_start=658
+  _globals['_UNITSTATUS']._serialized_end=801
+  _globals['_WATCHUNITSREQUEST']._serialized_start=803
+  _globals['_WATCHUNITSREQUEST']._serialized_end=822
+  _globals['_WATCHUNITSRESPONSE']._serialized_start=824
+  _globals['_WATCHUNITSRESPONSE']._serialized_end=891
+  _globals['_SUPERVISORSERVICE']._serialized_start=1277
+  _globals['_SUPERVISORSERVICE']._serialized_end=1550
 # @@protoc_insertion_point(module_scope)

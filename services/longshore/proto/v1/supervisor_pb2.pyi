@@ -89,7 +89,10 @@ Global___UnitState: _TypeAlias = UnitState  # noqa: Y015
 
 @_typing.final
 class Process(_message.Message):
-    """One process to run, as launcher/plan.py made it."""
+    """One process to run, as launcher/plan.py made it. In the values of `env` and in `ready_address`, `${PORT:name}` stands
+    for a loopback port that the supervisor chooses: one port a name within a unit, reserved while the unit lives, so
+    that a process that is started again finds it free. Everything else is taken as it is written.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -120,12 +123,15 @@ class Process(_message.Message):
     READY_CHECK_FIELD_NUMBER: _builtins.int
     READY_ADDRESS_FIELD_NUMBER: _builtins.int
     COMPLETES_UNIT_FIELD_NUMBER: _builtins.int
+    SERVICE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     log_path: _builtins.str
     ready_check: Global___ReadyCheck.ValueType
     ready_address: _builtins.str
     completes_unit: _builtins.bool
     """When this process exits with 0, the unit has succeeded and its other processes are stopped."""
+    service: _builtins.str
+    """What the process is, for example "actor"."""
     @_builtins.property
     def argv(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -140,10 +146,11 @@ class Process(_message.Message):
         ready_check: Global___ReadyCheck.ValueType = ...,
         ready_address: _builtins.str = ...,
         completes_unit: _builtins.bool = ...,
+        service: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "completes_unit", b"completes_unit", "env", b"env", "log_path", b"log_path", "name", b"name", "ready_address", b"ready_address", "ready_check", b"ready_check"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "completes_unit", b"completes_unit", "env", b"env", "log_path", b"log_path", "name", b"name", "ready_address", b"ready_address", "ready_check", b"ready_check", "service", b"service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -59,7 +59,8 @@ class SupervisorServiceServicer:
     """
 
     def Apply(self, request, context):
-        """Makes a unit's processes be the given ones: starts what is missing. Applying the same unit again changes nothing.
+        """Starts a unit's processes. Applying the same unit again changes nothing, whatever became of it meanwhile;
+        FAILED_PRECONDITION when it is there with other processes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,9 @@ class SupervisorServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SupervisorServiceAsyncStub: ...
     Apply: _grpc.UnaryUnaryMultiCallable[_supervisor_pb2.ApplyRequest, _supervisor_pb2.ApplyResponse]
-    """Makes a unit's processes be the given ones: starts what is missing. Applying the same unit again changes nothing."""
+    """Starts a unit's processes. Applying the same unit again changes nothing, whatever became of it meanwhile;
+    FAILED_PRECONDITION when it is there with other processes.
+    """
     Remove: _grpc.UnaryUnaryMultiCallable[_supervisor_pb2.RemoveRequest, _supervisor_pb2.RemoveResponse]
     """Stops a unit's processes (SIGTERM, then SIGKILL after the grace period) and forgets it. Harmless when repeated."""
     WatchUnits: _grpc.UnaryStreamMultiCallable[_supervisor_pb2.WatchUnitsRequest, _supervisor_pb2.WatchUnitsResponse]
@@ -50,7 +52,9 @@ class SupervisorServiceAsyncStub(SupervisorServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Apply: _aio.UnaryUnaryMultiCallable[_supervisor_pb2.ApplyRequest, _supervisor_pb2.ApplyResponse]  # type: ignore[assignment]
-    """Makes a unit's processes be the given ones: starts what is missing. Applying the same unit again changes nothing."""
+    """Starts a unit's processes. Applying the same unit again changes nothing, whatever became of it meanwhile;
+    FAILED_PRECONDITION when it is there with other processes.
+    """
     Remove: _aio.UnaryUnaryMultiCallable[_supervisor_pb2.RemoveRequest, _supervisor_pb2.RemoveResponse]  # type: ignore[assignment]
     """Stops a unit's processes (SIGTERM, then SIGKILL after the grace period) and forgets it. Harmless when repeated."""
     WatchUnits: _aio.UnaryStreamMultiCallable[_supervisor_pb2.WatchUnitsRequest, _supervisor_pb2.WatchUnitsResponse]  # type: ignore[assignment]
@@ -67,7 +71,9 @@ class SupervisorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _supervisor_pb2.ApplyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_supervisor_pb2.ApplyResponse, _abc.Awaitable[_supervisor_pb2.ApplyResponse]]:
-        """Makes a unit's processes be the given ones: starts what is missing. Applying the same unit again changes nothing."""
+        """Starts a unit's processes. Applying the same unit again changes nothing, whatever became of it meanwhile;
+        FAILED_PRECONDITION when it is there with other processes.
+        """
 
     @_abc_1.abstractmethod
     def Remove(

@@ -26,17 +26,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from longshore.proto.v1 import job_pb2 as longshore_dot_proto_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n longshore/proto/v1/weights.proto\x12\x12longshore.proto.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1clongshore/proto/v1/job.proto\"H\n\nTensorInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\"-\n\x06\x43\x61nary\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"\xa8\x01\n\x07Lineage\x12\x33\n\nparent_job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRefH\x00\x88\x01\x01\x12\x1b\n\x0eparent_version\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\x12\n\ntrain_step\x18\x03 \x01(\x04\x12\x15\n\rlearner_epoch\x18\x04 \x01(\x04\x42\r\n\x0b_parent_jobB\x11\n\x0f_parent_version\"\xfa\x02\n\x08Manifest\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\'\n\x03job\x18\x02 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x31\n\nweight_set\x18\x04 \x01(\x0e\x32\x1d.longshore.proto.v1.WeightSet\x12,\n\x07lineage\x18\x05 \x01(\x0b\x32\x1b.longshore.proto.v1.Lineage\x12/\n\x07tensors\x18\x06 \x03(\x0b\x32\x1e.longshore.proto.v1.TensorInfo\x12\x15\n\rlayout_sha256\x18\x07 \x01(\x0c\x12\x15\n\rassets_sha256\x18\x08 \x01(\x0c\x12,\n\x08\x63\x61naries\x18\t \x03(\x0b\x32\x1a.longshore.proto.v1.Canary\x12.\n\ncreated_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"E\n\x0eSignedManifest\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\x93\x01\n\x08\x45ncoding\x12.\n\x04kind\x18\x01 \x01(\x0e\x32 .longshore.proto.v1.EncodingKind\x12\x19\n\x0c\x62\x61se_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\r\n\x05\x63odec\x18\x05 \x01(\tB\x0f\n\r_base_version\"C\n\rSignedPointer\x12\x0f\n\x07pointer\x18\x01 \x01(\x0c\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\x91\x01\n\x07Pointer\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0e\n\x06serial\x18\x04 \x01(\x04\x12.\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"^\n\x0ePublishRequest\x12\x33\n\x06header\x18\x01 \x01(\x0b\x32!.longshore.proto.v1.PublishHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xc4\x01\n\rPublishHeader\x12\x34\n\x08manifest\x18\x01 \x01(\x0b\x32\".longshore.proto.v1.SignedManifest\x12.\n\x08\x65ncoding\x18\x02 \x01(\x0b\x32\x1c.longshore.proto.v1.Encoding\x12\x0e\n\x06\x61ssets\x18\x03 \x01(\x0c\x12\x34\n\x04head\x18\x04 \x01(\x0b\x32!.longshore.proto.v1.SignedPointerH\x00\x88\x01\x01\x42\x07\n\x05_head\"\"\n\x0fPublishResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x80\x01\n\x11GetVersionRequest\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x31\n\nweight_set\x18\x03 \x01(\x0e\x32\x1d.longshore.proto.v1.WeightSet\"{\n\x12GetVersionResponse\x12\x34\n\x08manifest\x18\x01 \x01(\x0b\x32\".longshore.proto.v1.SignedManifest\x12/\n\tencodings\x18\x02 \x03(\x0b\x32\x1c.longshore.proto.v1.Encoding\"W\n\x0c\x46\x65tchRequest\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"2\n\rFetchResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x12\x12\n\ntotal_size\x18\x02 \x01(\x04\"H\n\x0cWatchRequest\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x0f\n\x07pointer\x18\x02 \x01(\t\"C\n\rWatchResponse\x12\x32\n\x07pointer\x18\x01 \x01(\x0b\x32!.longshore.proto.v1.SignedPointer\"G\n\x11SetPointerRequest\x12\x32\n\x07pointer\x18\x01 \x01(\x0b\x32!.longshore.proto.v1.SignedPointer\"\x14\n\x12SetPointerResponse\"\xa0\x01\n\x13ListVersionsRequest\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x31\n\nweight_set\x18\x02 \x01(\x0e\x32\x1d.longshore.proto.v1.WeightSet\x12\x13\n\x06\x62\x65\x66ore\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05limit\x18\x04 \x01(\rB\t\n\x07_before\"(\n\x14ListVersionsResponse\x12\x10\n\x08versions\x18\x01 \x03(\x04*l\n\tWeightSet\x12\x1a\n\x16WEIGHT_SET_UNSPECIFIED\x10\x00\x12\x15\n\x11WEIGHT_SET_POLICY\x10\x01\x12\x16\n\x12WEIGHT_SET_ADAPTER\x10\x02\x12\x14\n\x10WEIGHT_SET_VALUE\x10\x03*~\n\x0c\x45ncodingKind\x12\x1d\n\x19\x45NCODING_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45NCODING_KIND_FULL\x10\x01\x12\x17\n\x13\x45NCODING_KIND_DELTA\x10\x02\x12\x1e\n\x1a\x45NCODING_KIND_MERGED_DELTA\x10\x03\x32\xa3\x04\n\x0eWeightsService\x12T\n\x07Publish\x12\".longshore.proto.v1.PublishRequest\x1a#.longshore.proto.v1.PublishResponse(\x01\x12[\n\nGetVersion\x12%.longshore.proto.v1.GetVersionRequest\x1a&.longshore.proto.v1.GetVersionResponse\x12N\n\x05\x46\x65tch\x12 .longshore.proto.v1.FetchRequest\x1a!.longshore.proto.v1.FetchResponse0\x01\x12N\n\x05Watch\x12 .longshore.proto.v1.WatchRequest\x1a!.longshore.proto.v1.WatchResponse0\x01\x12[\n\nSetPointer\x12%.longshore.proto.v1.SetPointerRequest\x1a&.longshore.proto.v1.SetPointerResponse\x12\x61\n\x0cListVersions\x12\'.longshore.proto.v1.ListVersionsRequest\x1a(.longshore.proto.v1.ListVersionsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n longshore/proto/v1/weights.proto\x12\x12longshore.proto.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1clongshore/proto/v1/job.proto\"H\n\nTensorInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\"-\n\x06\x43\x61nary\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"\xa8\x01\n\x07Lineage\x12\x33\n\nparent_job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRefH\x00\x88\x01\x01\x12\x1b\n\x0eparent_version\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\x12\n\ntrain_step\x18\x03 \x01(\x04\x12\x15\n\rlearner_epoch\x18\x04 \x01(\x04\x42\r\n\x0b_parent_jobB\x11\n\x0f_parent_version\"\xfa\x02\n\x08Manifest\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\'\n\x03job\x18\x02 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x31\n\nweight_set\x18\x04 \x01(\x0e\x32\x1d.longshore.proto.v1.WeightSet\x12,\n\x07lineage\x18\x05 \x01(\x0b\x32\x1b.longshore.proto.v1.Lineage\x12/\n\x07tensors\x18\x06 \x03(\x0b\x32\x1e.longshore.proto.v1.TensorInfo\x12\x15\n\rlayout_sha256\x18\x07 \x01(\x0c\x12\x15\n\rassets_sha256\x18\x08 \x01(\x0c\x12,\n\x08\x63\x61naries\x18\t \x03(\x0b\x32\x1a.longshore.proto.v1.Canary\x12.\n\ncreated_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"E\n\x0eSignedManifest\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\x93\x01\n\x08\x45ncoding\x12.\n\x04kind\x18\x01 \x01(\x0e\x32 .longshore.proto.v1.EncodingKind\x12\x19\n\x0c\x62\x61se_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\r\n\x05\x63odec\x18\x05 \x01(\tB\x0f\n\r_base_version\"C\n\rSignedPointer\x12\x0f\n\x07pointer\x18\x01 \x01(\x0c\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\x91\x01\n\x07Pointer\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0e\n\x06serial\x18\x04 \x01(\x04\x12.\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"_\n\x12RegisterKeyRequest\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x0c\n\x04keep\x18\x03 \x01(\r\"\x15\n\x13RegisterKeyResponse\"^\n\x0ePublishRequest\x12\x33\n\x06header\x18\x01 \x01(\x0b\x32!.longshore.proto.v1.PublishHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xc4\x01\n\rPublishHeader\x12\x34\n\x08manifest\x18\x01 \x01(\x0b\x32\".longshore.proto.v1.SignedManifest\x12.\n\x08\x65ncoding\x18\x02 \x01(\x0b\x32\x1c.longshore.proto.v1.Encoding\x12\x0e\n\x06\x61ssets\x18\x03 \x01(\x0c\x12\x34\n\x04head\x18\x04 \x01(\x0b\x32!.longshore.proto.v1.SignedPointerH\x00\x88\x01\x01\x42\x07\n\x05_head\"\"\n\x0fPublishResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x80\x01\n\x11GetVersionRequest\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x31\n\nweight_set\x18\x03 \x01(\x0e\x32\x1d.longshore.proto.v1.WeightSet\"{\n\x12GetVersionResponse\x12\x34\n\x08manifest\x18\x01 \x01(\x0b\x32\".longshore.proto.v1.SignedManifest\x12/\n\tencodings\x18\x02 \x03(\x0b\x32\x1c.longshore.proto.v1.Encoding\"W\n\x0c\x46\x65tchRequest\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"2\n\rFetchResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x12\x12\n\ntotal_size\x18\x02 \x01(\x04\"H\n\x0cWatchRequest\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x0f\n\x07pointer\x18\x02 \x01(\t\"C\n\rWatchResponse\x12\x32\n\x07pointer\x18\x01 \x01(\x0b\x32!.longshore.proto.v1.SignedPointer\"G\n\x11SetPointerRequest\x12\x32\n\x07pointer\x18\x01 \x01(\x0b\x32!.longshore.proto.v1.SignedPointer\"\x14\n\x12SetPointerResponse\"\xa0\x01\n\x13ListVersionsRequest\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x31\n\nweight_set\x18\x02 \x01(\x0e\x32\x1d.longshore.proto.v1.WeightSet\x12\x13\n\x06\x62\x65\x66ore\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05limit\x18\x04 \x01(\rB\t\n\x07_before\"(\n\x14ListVersionsResponse\x12\x10\n\x08versions\x18\x01 \x03(\x04*l\n\tWeightSet\x12\x1a\n\x16WEIGHT_SET_UNSPECIFIED\x10\x00\x12\x15\n\x11WEIGHT_SET_POLICY\x10\x01\x12\x16\n\x12WEIGHT_SET_ADAPTER\x10\x02\x12\x14\n\x10WEIGHT_SET_VALUE\x10\x03*~\n\x0c\x45ncodingKind\x12\x1d\n\x19\x45NCODING_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45NCODING_KIND_FULL\x10\x01\x12\x17\n\x13\x45NCODING_KIND_DELTA\x10\x02\x12\x1e\n\x1a\x45NCODING_KIND_MERGED_DELTA\x10\x03\x32\x83\x05\n\x0eWeightsService\x12^\n\x0bRegisterKey\x12&.longshore.proto.v1.RegisterKeyRequest\x1a\'.longshore.proto.v1.RegisterKeyResponse\x12T\n\x07Publish\x12\".longshore.proto.v1.PublishRequest\x1a#.longshore.proto.v1.PublishResponse(\x01\x12[\n\nGetVersion\x12%.longshore.proto.v1.GetVersionRequest\x1a&.longshore.proto.v1.GetVersionResponse\x12N\n\x05\x46\x65tch\x12 .longshore.proto.v1.FetchRequest\x1a!.longshore.proto.v1.FetchResponse0\x01\x12N\n\x05Watch\x12 .longshore.proto.v1.WatchRequest\x1a!.longshore.proto.v1.WatchResponse0\x01\x12[\n\nSetPointer\x12%.longshore.proto.v1.SetPointerRequest\x1a&.longshore.proto.v1.SetPointerResponse\x12\x61\n\x0cListVersions\x12\'.longshore.proto.v1.ListVersionsRequest\x1a(.longshore.proto.v1.ListVersionsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'longshore.proto.v1.weights_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WEIGHTSET']._serialized_start=2401
-  _globals['_WEIGHTSET']._serialized_end=2509
-  _globals['_ENCODINGKIND']._serialized_start=2511
-  _globals['_ENCODINGKIND']._serialized_end=2637
+  _globals['_WEIGHTSET']._serialized_start=2521
+  _globals['_WEIGHTSET']._serialized_end=2629
+  _globals['_ENCODINGKIND']._serialized_start=2631
+  _globals['_ENCODINGKIND']._serialized_end=2757
   _globals['_TENSORINFO']._serialized_start=119
   _globals['_TENSORINFO']._serialized_end=191
   _globals['_CANARY']._serialized_start=193
@@ -53,32 +53,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SIGNEDPOINTER']._serialized_end=1080
   _globals['_POINTER']._serialized_start=1083
   _globals['_POINTER']._serialized_end=1228
-  _globals['_PUBLISHREQUEST']._serialized_start=1230
-  _globals['_PUBLISHREQUEST']._serialized_end=1324
-  _globals['_PUBLISHHEADER']._serialized_start=1327
-  _globals['_PUBLISHHEADER']._serialized_end=1523
-  _globals['_PUBLISHRESPONSE']._serialized_start=1525
-  _globals['_PUBLISHRESPONSE']._serialized_end=1559
-  _globals['_GETVERSIONREQUEST']._serialized_start=1562
-  _globals['_GETVERSIONREQUEST']._serialized_end=1690
-  _globals['_GETVERSIONRESPONSE']._serialized_start=1692
-  _globals['_GETVERSIONRESPONSE']._serialized_end=1815
-  _globals['_FETCHREQUEST']._serialized_start=1817
-  _globals['_FETCHREQUEST']._serialized_end=1904
-  _globals['_FETCHRESPONSE']._serialized_start=1906
-  _globals['_FETCHRESPONSE']._serialized_end=1956
-  _globals['_WATCHREQUEST']._serialized_start=1958
-  _globals['_WATCHREQUEST']._serialized_end=2030
-  _globals['_WATCHRESPONSE']._serialized_start=2032
-  _globals['_WATCHRESPONSE']._serialized_end=2099
-  _globals['_SETPOINTERREQUEST']._serialized_start=2101
-  _globals['_SETPOINTERREQUEST']._serialized_end=2172
-  _globals['_SETPOINTERRESPONSE']._serialized_start=2174
-  _globals['_SETPOINTERRESPONSE']._serialized_end=2194
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=2197
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=2357
-  _globals['_LISTVERSIONSRESPONSE']._serialized_start=2359
-  _globals['_LISTVERSIONSRESPONSE']._serialized_end=2399
-  _globals['_WEIGHTSSERVICE']._serialized_start=2640
-  _globals['_WEIGHTSSERVICE']._serialized_end=3187
+  _globals['_REGISTERKEYREQUEST']._serialized_start=1230
+  _globals['_REGISTERKEYREQUEST']._serialized_end=1325
+  _globals['_REGISTERKEYRESPONSE']._serialized_start=1327
+  _globals['_REGISTERKEYRESPONSE']._serialized_end=1348
+  _globals['_PUBLISHREQUEST']._serialized_start=1350
+  _globals['_PUBLISHREQUEST']._serialized_end=1444
+  _globals['_PUBLISHHEADER']._serialized_start=1447
+  _globals['_PUBLISHHEADER']._serialized_end=1643
+  _globals['_PUBLISHRESPONSE']._serialized_start=1645
+  _globals['_PUBLISHRESPONSE']._serialized_end=1679
+  _globals['_GETVERSIONREQUEST']._serialized_start=1682
+  _globals['_GETVERSIONREQUEST']._serialized_end=1810
+  _globals['_GETVERSIONRESPONSE']._serialized_start=1812
+  _globals['_GETVERSIONRESPONSE']._serialized_end=1935
+  _globals['_FETCHREQUEST']._serialized_start=1937
+  _globals['_FETCHREQUEST']._serialized_end=2024
+  _globals['_FETCHRESPONSE']._serialized_start=2026
+  _globals['_FETCHRESPONSE']._serialized_end=2076
+  _globals['_WATCHREQUEST']._serialized_start=2078
+  _globals['_WATCHREQUEST']._serialized_end=2150
+  _globals['_WATCHRESPONSE']._serialized_start=2152
+  _globals['_WATCHRESPONSE']._serialized_end=2219
+  _globals['_SETPOINTERREQUEST']._serialized_start=2221
+  _globals['_SETPOINTERREQUEST']._serialized_end=2292
+  _globals['_SETPOINTERRESPONSE']._serialized_start=2294
+  _globals['_SETPOINTERRESPONSE']._serialized_end=2314
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=2317
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=2477
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=2479
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=2519
+  _globals['_WEIGHTSSERVICE']._serialized_start=2760
+  _globals['_WEIGHTSSERVICE']._serialized_end=3403
 # @@protoc_insertion_point(module_scope)

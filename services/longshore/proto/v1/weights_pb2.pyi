@@ -360,6 +360,49 @@ class Pointer(_message.Message):
 Global___Pointer: _TypeAlias = Pointer  # noqa: Y015
 
 @_typing.final
+class RegisterKeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    public_key: _builtins.bytes
+    """Ed25519, 32 bytes. Its key_id is the first 16 hex digits of its SHA-256."""
+    keep: _builtins.int
+    """Newest versions of each weight set that are kept; versions that a pointer names are kept besides. At least 1."""
+    @_builtins.property
+    def job(self) -> _job_pb2.JobRef: ...
+    def __init__(
+        self,
+        *,
+        job: _job_pb2.JobRef | None = ...,
+        public_key: _builtins.bytes = ...,
+        keep: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "keep", b"keep", "public_key", b"public_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegisterKeyRequest: _TypeAlias = RegisterKeyRequest  # noqa: Y015
+
+@_typing.final
+class RegisterKeyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegisterKeyResponse: _TypeAlias = RegisterKeyResponse  # noqa: Y015
+
+@_typing.final
 class PublishRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -573,7 +616,9 @@ class WatchResponse(_message.Message):
 
     POINTER_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def pointer(self) -> Global___SignedPointer: ...
+    def pointer(self) -> Global___SignedPointer:
+        """Unset in the first message when the pointer does not exist yet."""
+
     def __init__(
         self,
         *,

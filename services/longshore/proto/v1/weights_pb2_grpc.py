@@ -37,6 +37,11 @@ class WeightsServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.RegisterKey = channel.unary_unary(
+                '/longshore.proto.v1.WeightsService/RegisterKey',
+                request_serializer=longshore_dot_proto_dot_v1_dot_weights__pb2.RegisterKeyRequest.SerializeToString,
+                response_deserializer=longshore_dot_proto_dot_v1_dot_weights__pb2.RegisterKeyResponse.FromString,
+                _registered_method=True)
         self.Publish = channel.stream_unary(
                 '/longshore.proto.v1.WeightsService/Publish',
                 request_serializer=longshore_dot_proto_dot_v1_dot_weights__pb2.PublishRequest.SerializeToString,
@@ -75,10 +80,21 @@ class WeightsServiceServicer:
     signed pointers with a serial and an expiry.
     """
 
+    def RegisterKey(self, request, context):
+        """Tells the store whose signature a job's manifests and pointers bear, and how many versions to keep. Needed before
+        the first Publish: no key is trusted on first sight. Idempotent; the same key again updates `keep`.
+        FAILED_PRECONDITION when the job has another key. Who may call it is decided by the transport: on loopback only the
+        machine's owner can reach it, elsewhere mutual TLS is required.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Publish(self, request_iterator, context):
         """Publishes one version: a header, then the encoding's bytes in chunks. Atomic and idempotent: the same manifest
         bytes again answer OK. ALREADY_EXISTS (another manifest holds the number), FAILED_PRECONDITION (older learner
-        epoch), INVALID_ARGUMENT (signature, checksum or size does not match), RESOURCE_EXHAUSTED (disk full).
+        epoch, or a head serial that does not grow), INVALID_ARGUMENT (signature, checksum or size does not match, or the
+        key is not registered), RESOURCE_EXHAUSTED (disk full).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,14 +116,16 @@ class WeightsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Sends the pointer's present state at once and again whenever it moves.
+        """Sends the pointer's present state at once and again whenever it moves. A receiver that is slow gets the newest state,
+        not every one. Ends when the store drains: watch again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetPointer(self, request, context):
-        """Moves a pointer (head, pins, channels, rollback). FAILED_PRECONDITION unless the serial grows.
+        """Moves a pointer (head, pins, channels, rollback). FAILED_PRECONDITION unless the serial grows; the very same pointer
+        again answers OK. NOT_FOUND when the store does not have the version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +141,11 @@ class WeightsServiceServicer:
 
 def add_WeightsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'RegisterKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RegisterKey,
+                    request_deserializer=longshore_dot_proto_dot_v1_dot_weights__pb2.RegisterKeyRequest.FromString,
+                    response_serializer=longshore_dot_proto_dot_v1_dot_weights__pb2.RegisterKeyResponse.SerializeToString,
+            ),
             'Publish': grpc.stream_unary_rpc_method_handler(
                     servicer.Publish,
                     request_deserializer=longshore_dot_proto_dot_v1_dot_weights__pb2.PublishRequest.FromString,
@@ -166,6 +189,33 @@ class WeightsService:
     content-addressed, may be added later, and count only if the result matches the manifest. Names that move are
     signed pointers with a serial and an expiry.
     """
+
+    @staticmethod
+    def RegisterKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/longshore.proto.v1.WeightsService/RegisterKey',
+            longshore_dot_proto_dot_v1_dot_weights__pb2.RegisterKeyRequest.SerializeToString,
+            longshore_dot_proto_dot_v1_dot_weights__pb2.RegisterKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Publish(request_iterator,

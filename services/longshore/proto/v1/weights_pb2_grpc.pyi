@@ -36,10 +36,17 @@ class WeightsServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WeightsServiceAsyncStub: ...
+    RegisterKey: _grpc.UnaryUnaryMultiCallable[_weights_pb2.RegisterKeyRequest, _weights_pb2.RegisterKeyResponse]
+    """Tells the store whose signature a job's manifests and pointers bear, and how many versions to keep. Needed before
+    the first Publish: no key is trusted on first sight. Idempotent; the same key again updates `keep`.
+    FAILED_PRECONDITION when the job has another key. Who may call it is decided by the transport: on loopback only the
+    machine's owner can reach it, elsewhere mutual TLS is required.
+    """
     Publish: _grpc.StreamUnaryMultiCallable[_weights_pb2.PublishRequest, _weights_pb2.PublishResponse]
     """Publishes one version: a header, then the encoding's bytes in chunks. Atomic and idempotent: the same manifest
     bytes again answer OK. ALREADY_EXISTS (another manifest holds the number), FAILED_PRECONDITION (older learner
-    epoch), INVALID_ARGUMENT (signature, checksum or size does not match), RESOURCE_EXHAUSTED (disk full).
+    epoch, or a head serial that does not grow), INVALID_ARGUMENT (signature, checksum or size does not match, or the
+    key is not registered), RESOURCE_EXHAUSTED (disk full).
     """
     GetVersion: _grpc.UnaryUnaryMultiCallable[_weights_pb2.GetVersionRequest, _weights_pb2.GetVersionResponse]
     """The signed manifest of one version and the encodings that can be fetched. NOT_FOUND when it was never published
@@ -48,9 +55,13 @@ class WeightsServiceStub:
     Fetch: _grpc.UnaryStreamMultiCallable[_weights_pb2.FetchRequest, _weights_pb2.FetchResponse]
     """Streams the bytes of an encoding or of an asset bundle from `offset`, so that a broken transfer resumes."""
     Watch: _grpc.UnaryStreamMultiCallable[_weights_pb2.WatchRequest, _weights_pb2.WatchResponse]
-    """Sends the pointer's present state at once and again whenever it moves."""
+    """Sends the pointer's present state at once and again whenever it moves. A receiver that is slow gets the newest state,
+    not every one. Ends when the store drains: watch again.
+    """
     SetPointer: _grpc.UnaryUnaryMultiCallable[_weights_pb2.SetPointerRequest, _weights_pb2.SetPointerResponse]
-    """Moves a pointer (head, pins, channels, rollback). FAILED_PRECONDITION unless the serial grows."""
+    """Moves a pointer (head, pins, channels, rollback). FAILED_PRECONDITION unless the serial grows; the very same pointer
+    again answers OK. NOT_FOUND when the store does not have the version.
+    """
     ListVersions: _grpc.UnaryUnaryMultiCallable[_weights_pb2.ListVersionsRequest, _weights_pb2.ListVersionsResponse]
     """Versions on hand, newest first."""
 
@@ -62,10 +73,17 @@ class WeightsServiceAsyncStub(WeightsServiceStub):
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    RegisterKey: _aio.UnaryUnaryMultiCallable[_weights_pb2.RegisterKeyRequest, _weights_pb2.RegisterKeyResponse]  # type: ignore[assignment]
+    """Tells the store whose signature a job's manifests and pointers bear, and how many versions to keep. Needed before
+    the first Publish: no key is trusted on first sight. Idempotent; the same key again updates `keep`.
+    FAILED_PRECONDITION when the job has another key. Who may call it is decided by the transport: on loopback only the
+    machine's owner can reach it, elsewhere mutual TLS is required.
+    """
     Publish: _aio.StreamUnaryMultiCallable[_weights_pb2.PublishRequest, _weights_pb2.PublishResponse]  # type: ignore[assignment]
     """Publishes one version: a header, then the encoding's bytes in chunks. Atomic and idempotent: the same manifest
     bytes again answer OK. ALREADY_EXISTS (another manifest holds the number), FAILED_PRECONDITION (older learner
-    epoch), INVALID_ARGUMENT (signature, checksum or size does not match), RESOURCE_EXHAUSTED (disk full).
+    epoch, or a head serial that does not grow), INVALID_ARGUMENT (signature, checksum or size does not match, or the
+    key is not registered), RESOURCE_EXHAUSTED (disk full).
     """
     GetVersion: _aio.UnaryUnaryMultiCallable[_weights_pb2.GetVersionRequest, _weights_pb2.GetVersionResponse]  # type: ignore[assignment]
     """The signed manifest of one version and the encodings that can be fetched. NOT_FOUND when it was never published
@@ -74,9 +92,13 @@ class WeightsServiceAsyncStub(WeightsServiceStub):
     Fetch: _aio.UnaryStreamMultiCallable[_weights_pb2.FetchRequest, _weights_pb2.FetchResponse]  # type: ignore[assignment]
     """Streams the bytes of an encoding or of an asset bundle from `offset`, so that a broken transfer resumes."""
     Watch: _aio.UnaryStreamMultiCallable[_weights_pb2.WatchRequest, _weights_pb2.WatchResponse]  # type: ignore[assignment]
-    """Sends the pointer's present state at once and again whenever it moves."""
+    """Sends the pointer's present state at once and again whenever it moves. A receiver that is slow gets the newest state,
+    not every one. Ends when the store drains: watch again.
+    """
     SetPointer: _aio.UnaryUnaryMultiCallable[_weights_pb2.SetPointerRequest, _weights_pb2.SetPointerResponse]  # type: ignore[assignment]
-    """Moves a pointer (head, pins, channels, rollback). FAILED_PRECONDITION unless the serial grows."""
+    """Moves a pointer (head, pins, channels, rollback). FAILED_PRECONDITION unless the serial grows; the very same pointer
+    again answers OK. NOT_FOUND when the store does not have the version.
+    """
     ListVersions: _aio.UnaryUnaryMultiCallable[_weights_pb2.ListVersionsRequest, _weights_pb2.ListVersionsResponse]  # type: ignore[assignment]
     """Versions on hand, newest first."""
 
@@ -87,6 +109,18 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
     """
 
     @_abc_1.abstractmethod
+    def RegisterKey(
+        self,
+        request: _weights_pb2.RegisterKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weights_pb2.RegisterKeyResponse, _abc.Awaitable[_weights_pb2.RegisterKeyResponse]]:
+        """Tells the store whose signature a job's manifests and pointers bear, and how many versions to keep. Needed before
+        the first Publish: no key is trusted on first sight. Idempotent; the same key again updates `keep`.
+        FAILED_PRECONDITION when the job has another key. Who may call it is decided by the transport: on loopback only the
+        machine's owner can reach it, elsewhere mutual TLS is required.
+        """
+
+    @_abc_1.abstractmethod
     def Publish(
         self,
         request_iterator: _MaybeAsyncIterator[_weights_pb2.PublishRequest],
@@ -94,7 +128,8 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_weights_pb2.PublishResponse, _abc.Awaitable[_weights_pb2.PublishResponse]]:
         """Publishes one version: a header, then the encoding's bytes in chunks. Atomic and idempotent: the same manifest
         bytes again answer OK. ALREADY_EXISTS (another manifest holds the number), FAILED_PRECONDITION (older learner
-        epoch), INVALID_ARGUMENT (signature, checksum or size does not match), RESOURCE_EXHAUSTED (disk full).
+        epoch, or a head serial that does not grow), INVALID_ARGUMENT (signature, checksum or size does not match, or the
+        key is not registered), RESOURCE_EXHAUSTED (disk full).
         """
 
     @_abc_1.abstractmethod
@@ -121,7 +156,9 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _weights_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_weights_pb2.WatchResponse], _abc.AsyncIterator[_weights_pb2.WatchResponse]]:
-        """Sends the pointer's present state at once and again whenever it moves."""
+        """Sends the pointer's present state at once and again whenever it moves. A receiver that is slow gets the newest state,
+        not every one. Ends when the store drains: watch again.
+        """
 
     @_abc_1.abstractmethod
     def SetPointer(
@@ -129,7 +166,9 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _weights_pb2.SetPointerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_weights_pb2.SetPointerResponse, _abc.Awaitable[_weights_pb2.SetPointerResponse]]:
-        """Moves a pointer (head, pins, channels, rollback). FAILED_PRECONDITION unless the serial grows."""
+        """Moves a pointer (head, pins, channels, rollback). FAILED_PRECONDITION unless the serial grows; the very same pointer
+        again answers OK. NOT_FOUND when the store does not have the version.
+        """
 
     @_abc_1.abstractmethod
     def ListVersions(

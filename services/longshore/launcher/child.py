@@ -1,0 +1,196 @@
+"""One supervised process over all its lives: start, become ready, die, start again, give up, stop.
+
+Knows nothing of units or of how readiness is asked for (`Probe`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from asyncio.subprocess import Process
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from longshore.launcher import guard
+from longshore.launcher.last_words import last_words
+from longshore.launcher.spec import ProcessSpec, ProcessState, ProcessStatus, Ready
+
+log = structlog.get_logger()
+
+# Answers whether a process is ready; never raises, returns within a second or two.
+Probe = Callable[[Ready], Awaitable[bool]]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How patient the supervisor is. All times in seconds."""
+
+    first_backoff: float = 0.5
+    max_backoff: float = 10.0
+    # Deaths in a row without becoming ready.
+    max_failed_starts: int = 3
+    # Deaths in a row of lives that became ready but ended before `settled`: a loop of crashes, not bad luck.
+    max_short_lives: int = 20
+    settled: float = 60.0
+    # To become ready.
+    start_timeout: float = 180.0
+    # Between SIGTERM and SIGKILL.
+    grace: float = 8.0
+    probe_every: float = 0.1
+
+
+class Child:
+    """Keeps one process alive until it completes its unit, gives up, or is stopped."""
+
+    def __init__(self, spec: ProcessSpec, probe: Probe, rules: Rules, hurry: asyncio.Event) -> None:
+        self.spec = spec
+        self.state = ProcessState.STARTING
+        self.restarts = 0
+        self.exit_code: int | None = None
+        self.on_change: Callable[[], None] = lambda: None
+        self._pid = 0
+        self._probe = probe
+        self._rules = rules
+        self._hurry = hurry
+        self._stop = asyncio.Event()
+
+    @property
+    def status(self) -> ProcessStatus:
+        return ProcessStatus(
+            self.spec.name, self.state, self._pid, self.restarts, self.exit_code, str(self.spec.log_path)
+        )
+
+    def stop(self) -> None:
+        """Asks the process to end; `run` returns once it has."""
+        self._stop.set()
+
+    async def run(self) -> str | None:
+        """Returns None when the process exited with 0 and completes its unit, or was stopped; otherwise, why it was
+        given up."""
+        failed_starts = short_lives = 0
+        while not self._stop.is_set():
+            began = time.monotonic()
+            try:
+                became_ready = await self._live()
+            except OSError as error:
+                self._set(ProcessState.GAVE_UP)
+                return f"{self.spec.name} cannot be started: {error}"
+            if self._stop.is_set():
+                break
+            if self.exit_code == 0 and self.spec.completes_unit:
+                self._set(ProcessState.EXITED)
+                return None
+            failed_starts = 0 if became_ready else failed_starts + 1
+            short_lives = short_lives + 1 if time.monotonic() - began < self._rules.settled else 1
+            reason = self._hopeless(failed_starts, short_lives)
+            if reason is not None:
+                self._set(ProcessState.GAVE_UP)
+                return reason
+            await self._back_off(short_lives)
+        self._set(ProcessState.EXITED)
+        return None
+
+    def _hopeless(self, failed_starts: int, short_lives: int) -> str | None:
+        if failed_starts >= self._rules.max_failed_starts:
+            what = f"{failed_starts} times in a row without becoming ready"
+        elif short_lives >= self._rules.max_short_lives:
+            what = f"{short_lives} times in a row, each time within {self._rules.settled:.0f} s of its start"
+        else:
+            return None
+        words = last_words(self.spec.log_path)
+        said = f"; it said last: {words}" if words else ""
+        return f"{self.spec.name} died {what} ({self._how()}){said}; its log: {self.spec.log_path}"
+
+    def _how(self) -> str:
+        assert self.exit_code is not None
+        if self.exit_code >= 0:
+            return f"exit code {self.exit_code}"
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-self.exit_code).name
+        return f"signal {-self.exit_code}"
+
+    async def _back_off(self, deaths: int) -> None:
+        delay = min(self._rules.max_backoff, self._rules.first_backoff * 2.0 ** (deaths - 1))
+        log.warning("process died", process=self.spec.name, how=self._how(), restart_in_s=delay)
+        self._set(ProcessState.BACKOFF)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), delay)
+        if not self._stop.is_set():
+            self.restarts += 1
+
+    async def _live(self) -> bool:
+        """One life, from start to death. Returns whether it became ready. Raises OSError if it cannot start."""
+        process = await self._spawn()
+        exited = asyncio.create_task(process.wait())
+        stopped = asyncio.create_task(self._stop.wait())
+        readying = asyncio.create_task(self._await_ready(process.pid))
+        try:
+            await asyncio.wait({exited, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not exited.done():
+                await self._end(process, exited)
+        finally:
+            stopped.cancel()
+            readying.cancel()
+            # What the process itself started goes with it.
+            _kill_group(process.pid)
+        self._pid = 0
+        self.exit_code = exited.result()
+        return self.state is ProcessState.READY
+
+    async def _spawn(self) -> Process:
+        self._set(ProcessState.STARTING)
+        self.spec.log_path.parent.mkdir(parents=True, exist_ok=True)
+        guarded = (sys.executable, "-I", "-S", str(Path(guard.__file__)), str(os.getpid()), "--", *self.spec.argv)
+        with self.spec.log_path.open("ab") as log_file:
+            # A session of its own: Ctrl-C at the terminal reaches the supervisor alone, which stops all in order.
+            process = await asyncio.create_subprocess_exec(
+                *guarded,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=asyncio.subprocess.STDOUT,
+                env={**os.environ, **self.spec.env},
+                start_new_session=True,
+            )
+        self._pid = process.pid
+        self.on_change()
+        return process
+
+    async def _await_ready(self, pid: int) -> None:
+        deadline = time.monotonic() + self._rules.start_timeout
+        while not await self._probe(self.spec.ready):
+            if time.monotonic() > deadline:
+                log.error("process did not become ready", process=self.spec.name, after_s=self._rules.start_timeout)
+                _kill_group(pid)
+                return
+            await asyncio.sleep(self._rules.probe_every)
+        self._set(ProcessState.READY)
+
+    async def _end(self, process: Process, exited: asyncio.Task[int]) -> None:
+        # The leader alone is asked, so that it can end its own helpers in order.
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        hurried = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait({exited, hurried}, timeout=self._rules.grace, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if not exited.done():
+            if not self._hurry.is_set():
+                log.warning("process did not end in time", process=self.spec.name, after_s=self._rules.grace)
+            _kill_group(process.pid)
+            await exited
+
+    def _set(self, state: ProcessState) -> None:
+        self.state = state
+        self.on_change()
+
+
+def _kill_group(pid: int) -> None:
+    # The group's number is the leader's pid, because the leader began a session.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)

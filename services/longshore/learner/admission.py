@@ -1,0 +1,37 @@
+"""Pace by admission (law 6): how many groups may be issued now.
+
+    issued - consumed <= (target_staleness + 1) * batch
+
+"Consumed" is taken into a train step, or ended. One batch is being trained on while `target_staleness + 1` are out,
+so a target of 0 still overlaps generation with training. Never more is issued than the job's remaining steps need,
+so that a finished job has nothing left over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The limits of one job, in groups.
+
+    Example: Admission(groups_per_step=16, target_staleness=1).allowance(steps_left=100, in_flight=20) == 12
+    """
+
+    groups_per_step: int
+    target_staleness: int
+
+    @property
+    def limit(self) -> int:
+        """Most groups that may be out at any moment."""
+        return (self.target_staleness + 1) * self.groups_per_step
+
+    def allowance(self, steps_left: int, in_flight: int) -> int:
+        """How many groups may be issued now.
+
+        Args:
+            steps_left: train steps whose batch has not been taken yet.
+            in_flight: training groups issued and not yet taken into a step.
+        """
+        return max(0, min(self.limit, steps_left * self.groups_per_step) - in_flight)

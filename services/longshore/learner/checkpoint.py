@@ -1,0 +1,131 @@
+"""Durable checkpoints of the learner: weights, optimizer, random state, ledger. Atomic, verified when loaded.
+
+A checkpoint is a folder `checkpoint_000007/` of safetensors files and `state.json`, with the SHA-256 of each in
+`manifest.json`. It is written under another name, synced, and renamed; a torn one is passed over for the one before.
+The number only grows, so that no checkpoint ever replaces another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from longshore.errors import IntegrityError
+from longshore.learner.trainer import Trainer
+
+log = structlog.get_logger()
+
+KEEP = 2
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of everything that the next train step depends on; safe to write while training goes on."""
+
+    step: int
+    policy: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    random_state: Tensor
+    # JSON-compatible: ledger, cursor, versions, statistics.
+    state: dict[str, object]
+
+
+def take_snapshot(trainer: Trainer, step: int, state: dict[str, object]) -> Snapshot:
+    """Copies the trainer's tensors. `state` must be JSON-compatible and is kept as it is."""
+    names = {parameter: name for name, parameter in trainer.policy.named_parameters()}
+    optimizer = {
+        f"{names[parameter]}|{key}": value.detach().clone()
+        for parameter, slots in trainer.optimizer.state.items()
+        for key, value in slots.items()
+        if isinstance(value, Tensor)
+    }
+    policy = {name: parameter.detach().clone() for name, parameter in trainer.policy.named_parameters()}
+    return Snapshot(step, policy, optimizer, torch.get_rng_state(), state)
+
+
+def restore_snapshot(trainer: Trainer, snapshot: Snapshot) -> None:
+    """Puts a snapshot's tensors back into the policy and the optimizer."""
+    with torch.no_grad():
+        for name, parameter in trainer.policy.named_parameters():
+            parameter.copy_(snapshot.policy[name])
+            slots = {
+                key.rpartition("|")[2]: value.clone()
+                for key, value in snapshot.optimizer.items()
+                if key.rpartition("|")[0] == name
+            }
+            if slots:
+                trainer.optimizer.state[parameter] = slots
+    torch.set_rng_state(snapshot.random_state)
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
+    """Writes the next checkpoint and returns its folder once it is durable; older ones beyond KEEP are removed."""
+    final = folder / f"checkpoint_{_next_number(folder):06d}"
+    part = folder / f".{final.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file(snapshot.policy, part / "model.safetensors")
+    save_file({**snapshot.optimizer, "random_state": snapshot.random_state}, part / "trainer.safetensors")
+    (part / "state.json").write_text(json.dumps(snapshot.state), encoding="utf-8")
+    sums = {path.name: _sha256(path) for path in sorted(part.iterdir())}
+    (part / "manifest.json").write_text(json.dumps({"step": snapshot.step, "sha256": sums}), encoding="utf-8")
+    for path in [*part.iterdir(), part]:
+        _sync(path)
+    part.rename(final)
+    _sync(folder)
+    for old in sorted(folder.glob("checkpoint_*"))[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_newest(folder: Path) -> Snapshot | None:
+    """The newest checkpoint whose checksums hold; None when there is none."""
+    for path in sorted(folder.glob("checkpoint_*"), reverse=True):
+        try:
+            return _load(path)
+        except (IntegrityError, OSError, ValueError, KeyError) as error:
+            log.warning("checkpoint passed over", path=str(path), reason=str(error))
+    return None
+
+
+def _next_number(folder: Path) -> int:
+    numbers = [int(path.name.rpartition("_")[2]) for path in folder.glob("checkpoint_*")]
+    return max(numbers, default=0) + 1
+
+
+def _load(path: Path) -> Snapshot:
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    for name, expected in manifest["sha256"].items():
+        if _sha256(path / name) != expected:
+            raise IntegrityError(f"{path / name} does not match its checksum")
+    tensors = load_file(path / "trainer.safetensors")
+    random_state = tensors.pop("random_state")
+    return Snapshot(
+        step=manifest["step"],
+        policy=load_file(path / "model.safetensors"),
+        optimizer=tensors,
+        random_state=random_state,
+        state=json.loads((path / "state.json").read_text(encoding="utf-8")),
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

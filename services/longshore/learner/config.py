@@ -1,0 +1,17 @@
+"""What a learner is told at its start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from longshore.settings import BrokerSettings, JobProcessSettings
+
+
+class LearnerSettings(JobProcessSettings, BrokerSettings):
+    """Settings of one learner process."""
+
+    weights: str = Field(description="address of the weight store")
+    run_dir: Path = Field(description="the job's folder: metrics, checkpoints, summary")
+    signing_key_file: Path = Field(description="Ed25519 private key that signs this job's versions")

@@ -1,0 +1,26 @@
+"""Prometheus metrics of the learner."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+LABELS = ("project", "job")
+
+TRAIN_STEP = Gauge("longshore_learner_train_step", "Optimizer steps taken", LABELS)
+POLICY_VERSION = Gauge("longshore_learner_policy_version", "Newest version handed to the weight store", LABELS)
+REWARD_MEAN = Gauge("longshore_learner_reward_mean", "Mean reward of the last batch", LABELS)
+STALENESS = Gauge("longshore_learner_staleness_versions", "Mean staleness of the last batch, in versions", LABELS)
+STEP_SECONDS = Histogram(
+    "longshore_learner_step_seconds",
+    "Forward, backward and optimizer step",
+    LABELS,
+    buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300),
+)
+WAIT_SECONDS = Counter("longshore_learner_wait_for_batch_seconds_total", "Time without a batch to train on", LABELS)
+TOKENS = Counter("longshore_learner_sampled_tokens_total", "Sampled tokens of consumed rollouts", LABELS)
+TICKETS = Gauge(
+    "longshore_learner_tickets_ended", "Tickets by how they ended; a restart resumes the counts", (*LABELS, "outcome")
+)
+IN_FLIGHT = Gauge("longshore_learner_tickets_in_flight", "Tickets issued and not ended", LABELS)
+IMBALANCE = Gauge("longshore_learner_ledger_imbalanced", "1 while issued is not trained + accounted + open", LABELS)
+REPEATS = Counter("longshore_learner_repeated_deliveries_total", "Deliveries of tickets that had ended", LABELS)

@@ -1,0 +1,154 @@
+"""Publishes policy versions while the next batch is already being trained on.
+
+version = await publisher.publish(...)   # waits for the one before, copies the weights, returns at once
+await publisher.wait()                   # until the last one is in the store
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from longshore.errors import NotFound
+from longshore.learner.trainer import canary_logprobs
+from longshore.signing import SigningKey
+from longshore.weights.client import CanaryProbe, Tensor, VersionDraft, WeightsClient, checksum_of
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a version comes from."""
+
+    train_step: int
+    learner_epoch: int
+    parent_version: int | None
+
+
+class VersionLog:
+    """Checksums of the versions that this job published, which outlive the store's retention."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._checksums: dict[int, str] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+                item = json.loads(line)
+                self._checksums[item["version"]] = item["checksum"]
+
+    def append(self, version: int, checksum: str) -> None:
+        self._checksums[version] = checksum
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"version": version, "checksum": checksum}) + "\n")
+
+    def checksum(self, version: int) -> str | None:
+        return self._checksums.get(version)
+
+
+class Publisher:
+    """One publish at a time, in the background."""
+
+    def __init__(
+        self,
+        client: WeightsClient,
+        key: SigningKey,
+        assets: Mapping[str, bytes],
+        dtype: str,
+        canary: list[int],
+        log: VersionLog,
+    ) -> None:
+        self._client = client
+        self._key = key
+        self._assets = assets
+        self._dtype = dtype
+        self._canary = canary
+        self._log = log
+        self._running: asyncio.Task[bool] | None = None
+        # Highest version in the store when this incarnation began: numbers up to it are taken.
+        self._taken = -1
+
+    async def start(self) -> None:
+        """Learns which numbers are taken."""
+        try:
+            self._taken = await self._client.head(timeout=30.0)
+        except NotFound:
+            self._taken = -1
+
+    async def publish(self, policy: torch.nn.Module, version: int, lineage: Lineage) -> int:
+        """Publishes the policy's present weights and returns their version.
+
+        `version` is the number wanted. Where an earlier incarnation has published it already, equal weights *are*
+        that version; other weights get the first free number (law 5).
+        """
+        await self.wait()
+        tensors, canary = await asyncio.to_thread(self._copy, policy)
+        if version <= self._taken:
+            if await self._same(version, tensors):
+                return version
+            version = self._taken + 1
+        draft = VersionDraft(
+            version=version,
+            train_step=lineage.train_step,
+            learner_epoch=lineage.learner_epoch,
+            parent_version=lineage.parent_version,
+            canaries=(canary,),
+            created_at=time.time(),
+        )
+        self._taken = max(self._taken, version)
+        self._log.append(version, checksum_of(tensors))
+        self._running = asyncio.create_task(self._client.publish(self._key, draft, tensors, self._assets))
+        return version
+
+    async def wait(self) -> None:
+        """Until the version before is in the store. Raises whatever its publish raised."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            await running
+
+    async def _same(self, version: int, tensors: list[Tensor]) -> bool:
+        checksum = checksum_of(tensors)
+        known = self._log.checksum(version)
+        if known is not None:
+            return known == checksum
+        try:
+            return (await self._client.describe(version)).checksum == checksum
+        except NotFound:
+            # Retired, and not in our log: it cannot be compared, so the weights get a number of their own.
+            return False
+
+    def _copy(self, policy: torch.nn.Module) -> tuple[list[Tensor], CanaryProbe]:
+        dtype = _DTYPES[self._dtype]
+        rounded = {name: parameter.detach().to(dtype) for name, parameter in policy.named_parameters()}
+        tensors = [
+            Tensor(name, self._dtype, tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes())
+            for name, value in rounded.items()
+        ]
+        # The canary is computed with the weights as published, so that rounding is not taken for a fault.
+        widened = {name: value.float() for name, value in rounded.items()}
+        with _parameters(policy, widened):
+            logprobs = canary_logprobs(policy, self._canary)
+        return tensors, CanaryProbe(tuple(self._canary), tuple(logprobs))
+
+
+class _parameters:  # noqa: N801 - used as a context manager, reads as a verb
+    """Runs a block with other values in a module's parameters."""
+
+    def __init__(self, policy: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+        self._policy = policy
+        self._values = values
+
+    def __enter__(self) -> None:
+        self._kept = {name: parameter.data for name, parameter in self._policy.named_parameters()}
+        for name, parameter in self._policy.named_parameters():
+            parameter.data = self._values[name]
+
+    def __exit__(self, *error: object) -> None:
+        for name, parameter in self._policy.named_parameters():
+            parameter.data = self._kept[name]

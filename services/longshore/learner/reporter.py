@@ -1,0 +1,145 @@
+"""Tells people and machines how a job is doing: events, metrics.jsonl, Prometheus, and the summary at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import structlog
+
+from longshore.config import JobSpec
+from longshore.learner import metrics
+from longshore.learner.ledger import Group, Ledger
+from longshore.learner.progress import Progress
+from longshore.learner.report import MetricsFile, draw_reward, first_and_last, write_json
+from longshore.learner.statistics import batch_metrics
+from longshore.types import JobRef
+
+log = structlog.get_logger()
+
+# Train steps over which the pace is averaged for the time that is left.
+PACE_STEPS = 20
+# An evaluation reports at most this often, in seconds.
+EVALUATION_EVERY_S = 0.5
+
+Publish = Callable[[dict[str, object]], Awaitable[None]]
+
+
+class Reporter:
+    """Reports of one learner incarnation."""
+
+    def __init__(self, job: JobRef, spec: JobSpec, run_dir: Path, publish: Publish) -> None:
+        self._job = job
+        self._spec = spec
+        self._run_dir = run_dir
+        self._publish = publish
+        self._lines = MetricsFile(run_dir / "metrics.jsonl")
+        self._labels = (job.project, job.job)
+        self._last_step_at = time.monotonic()
+        self._pace: deque[float] = deque(maxlen=PACE_STEPS)
+        self._evaluation_at = 0.0
+
+    def rewind(self, step: int) -> None:
+        """Forgets the lines of steps that will be taken again."""
+        self._lines.keep_until(step)
+
+    async def phase(self, phase: str, detail: str = "") -> None:
+        log.info("phase", phase=phase, detail=detail)
+        self._last_step_at = time.monotonic()
+        await self._publish({"type": "phase", "phase": phase, "detail": detail})
+
+    async def warn(self, message: str) -> None:
+        log.warning(message)
+        await self._publish({"type": "warning", "message": message})
+
+    async def warm_start(self, step: int, loss: float) -> None:
+        steps = self._spec.warm_start.steps if self._spec.warm_start else step
+        await self._publish({"type": "warm_start", "step": step, "steps": steps, "loss": loss})
+
+    async def evaluation(self, when: str, groups: Sequence[Group], reward: float | None) -> None:
+        """Progress of an evaluation; `reward` once all of it is in."""
+        now = time.monotonic()
+        if reward is None and now - self._evaluation_at < EVALUATION_EVERY_S:
+            return
+        self._evaluation_at = now
+        done = sum(group.closed for group in groups)
+        event = {"type": "evaluation", "when": when, "done": done, "tasks": len(groups), "reward": reward}
+        await self._publish(event)
+
+    async def step(
+        self,
+        progress: Progress,
+        ledger: Ledger,
+        groups: Sequence[Group],
+        version: int,
+        results: dict[str, float],
+        times: dict[str, float],
+    ) -> None:
+        """One train step: `version` is that of the weights before it, `times` in seconds."""
+        now = time.monotonic()
+        elapsed, self._last_step_at = now - self._last_step_at, now
+        self._pace.append(elapsed)
+        left = self._spec.train.steps - progress.step
+        line = {
+            "step": float(progress.step),
+            "policy_version": float(progress.version),
+            **batch_metrics(groups, version),
+            **results,
+            **{f"time/{name}": value for name, value in times.items()},
+            "time/step": elapsed,
+            "time/remaining": left * sum(self._pace) / len(self._pace),
+        }
+        line["perf/tokens_per_s"] = line["tokens/sampled"] / max(elapsed, 1e-9)
+        self._lines.append(line)
+        self._observe(line, times, ledger)
+        await self._publish({"type": "step", "step": progress.step, "steps": self._spec.train.steps, "metrics": line})
+
+    def _observe(self, line: dict[str, float], times: dict[str, float], ledger: Ledger) -> None:
+        metrics.TRAIN_STEP.labels(*self._labels).set(line["step"])
+        metrics.POLICY_VERSION.labels(*self._labels).set(line["policy_version"])
+        metrics.REWARD_MEAN.labels(*self._labels).set(line["reward/mean"])
+        metrics.STALENESS.labels(*self._labels).set(line["off_policy/mean"])
+        metrics.STEP_SECONDS.labels(*self._labels).observe(times["forward_backward"])
+        metrics.WAIT_SECONDS.labels(*self._labels).inc(times["wait_for_batch"])
+        metrics.TOKENS.labels(*self._labels).inc(line["tokens/sampled"])
+        metrics.IN_FLIGHT.labels(*self._labels).set(sum(group.size for group in ledger.open.values()))
+        metrics.IMBALANCE.labels(*self._labels).set(0 if ledger.balanced else 1)
+        for outcome, count in ledger.outcomes.items():
+            metrics.TICKETS.labels(*self._labels, outcome).set(count)
+
+    async def finish(self, state: str, progress: Progress, ledger: Ledger) -> dict[str, object]:
+        """Writes reward.png and summary.json, and says that the job is done. Returns the summary."""
+        lines = self._lines.read()
+        summary = self._summary(state, progress, ledger, [line["reward/mean"] for line in lines])
+        if lines:
+            title = f"{self._job.job}: mean reward by train step"
+            picture = self._run_dir / "reward.png"
+            await asyncio.to_thread(draw_reward, picture, title, lines, progress.evaluations)
+        write_json(self._run_dir / "summary.json", summary)
+        await self._publish({"type": "summary", "summary": summary})
+        await self.phase("done")
+        return summary
+
+    def _summary(self, state: str, progress: Progress, ledger: Ledger, rewards: Sequence[float]) -> dict[str, object]:
+        first, last = first_and_last(rewards)
+        return {
+            "job_id": self._job.job,
+            "project": self._job.project,
+            "state": state,
+            "seed": self._spec.seed,
+            "steps": progress.step,
+            "policy_version": progress.version,
+            "rollouts_issued": ledger.issued,
+            "rollouts_trained": ledger.trained,
+            "rollouts_accounted": ledger.accounted,
+            "reward_first": first,
+            "reward_last": last,
+            "eval_before": progress.evaluations.get("before"),
+            "eval_after": progress.evaluations.get("after"),
+            "staleness_mean": progress.staleness_mean,
+            "staleness_max": progress.staleness_max,
+            "seconds": round(time.time() - progress.started_at, 1),
+        }

@@ -1,0 +1,182 @@
+"""The learner process: puts the parts together, prepares the policy, runs the loop, leaves the results."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from itertools import islice
+from pathlib import Path
+
+import structlog
+import torch
+
+from longshore.learner.broker_link import BrokerLink
+from longshore.learner.checkpoint import Snapshot, load_newest, restore_snapshot, take_snapshot, write_checkpoint
+from longshore.learner.config import LearnerSettings
+from longshore.learner.intake import Intake
+from longshore.learner.ledger import Ledger
+from longshore.learner.loop import LearnerLoop, Parts
+from longshore.learner.model import build_policy, save_checkpoint
+from longshore.learner.progress import Progress
+from longshore.learner.publisher import Lineage, Publisher, VersionLog
+from longshore.learner.reporter import Reporter
+from longshore.learner.trainer import Trainer
+from longshore.learner.warm_start import demonstrations, warm_start
+from longshore.rollout_queue import broker
+from longshore.rpc.process import run_process
+from longshore.rpc.server import RpcServer
+from longshore.settings import JobFile
+from longshore.signing import SigningKey
+from longshore.tasks.registry import SOURCES, load
+from longshore.tasks.rendering import Renderer
+from longshore.tasks.source import TaskSource, TrainCursor, heldout_tasks
+from longshore.weights.client import WeightsClient
+
+log = structlog.get_logger()
+
+# Training tasks that a new model's tokenizer is made from.
+TOKENIZER_TASKS = 2000
+# A warm start reports its loss this often, in seconds.
+WARM_START_REPORT_S = 0.5
+
+
+async def serve(settings: LearnerSettings, stop: asyncio.Event) -> None:
+    """Runs the job of `settings.job_file` to its end, or until `stop` is set."""
+    job = settings.load_job()
+    torch.set_num_threads(job.spec.resources.threads)
+    server = RpcServer(settings.listen)
+    await server.start()
+    client = broker.connect(settings.broker_url)
+    weights = WeightsClient(settings.weights, job.ref, bytes.fromhex(job.learner_public_key))
+    try:
+        await _run(
+            settings, job, BrokerLink(client, job.ref, settings.site, job.spec.resources.max_attempts), weights, stop
+        )
+    finally:
+        await weights.close()
+        await client.aclose()
+        await server.drain(settings.drain_s)
+
+
+async def _run(
+    settings: LearnerSettings, job: JobFile, link: BrokerLink, weights: WeightsClient, stop: asyncio.Event
+) -> None:
+    spec, checkpoints = job.spec, settings.run_dir / "learner" / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    snapshot = await asyncio.to_thread(load_newest, checkpoints)
+    await link.open(at_least=_epoch(snapshot) + 1)
+    reporter = Reporter(job.ref, spec, settings.run_dir, link.publish)
+    await reporter.phase("loading")
+
+    source = await asyncio.to_thread(_task_source, job)
+    tasks = TrainCursor(source, spec.tasks.heldout_fraction, seed=spec.seed)
+    policy, assets = await asyncio.to_thread(build_policy, spec, islice(iter(tasks.next, None), TOKENIZER_TASKS))
+    renderer = Renderer(assets)
+    trainer = Trainer(policy, spec.train)
+    if snapshot is None:
+        snapshot = await _first_light(job, trainer, renderer, source, reporter, checkpoints, link.epoch)
+    restore_snapshot(trainer, snapshot)
+    progress, ledger = _progress(snapshot), _ledger(snapshot)
+
+    publisher = Publisher(
+        weights,
+        SigningKey.load(settings.signing_key_file),
+        assets,
+        spec.weights.dtype,
+        _canary(source, spec.tasks.heldout_fraction, renderer),
+        VersionLog(settings.run_dir / "learner" / "versions.jsonl"),
+    )
+    await publisher.start()
+    progress.version = await publisher.publish(policy, progress.version, Lineage(progress.step, link.epoch, None))
+    intake = Intake(link, ledger, job.ref, renderer.vocab_size)
+    intake.newest_version = progress.version
+    heldout = await asyncio.to_thread(heldout_tasks, source, spec.tasks.heldout_fraction, spec.evaluation.tasks)
+    parts = Parts(
+        job=job.ref,
+        spec=spec,
+        run_dir=settings.run_dir,
+        link=link,
+        publisher=publisher,
+        trainer=trainer,
+        ledger=ledger,
+        intake=intake,
+        progress=progress,
+        cursor=TrainCursor(source, spec.tasks.heldout_fraction, progress.cursor, seed=spec.seed),
+        heldout=heldout,
+        stop=stop,
+    )
+    state = await LearnerLoop(parts).run()
+    await reporter.phase("saving")
+    await asyncio.to_thread(save_checkpoint, policy, assets, settings.run_dir / "checkpoint")
+    summary = await reporter.finish(state, progress, ledger)
+    log.info("finished", **summary)
+
+
+async def _first_light(
+    job: JobFile,
+    trainer: Trainer,
+    renderer: Renderer,
+    source: TaskSource,
+    reporter: Reporter,
+    checkpoints: Path,
+    epoch: int,
+) -> Snapshot:
+    """Warm-starts the policy where the job says so, and makes the result durable as the checkpoint of step 0."""
+    spec = job.spec
+    started_at = time.time()
+    if spec.warm_start is not None:
+        await reporter.phase("warm_start")
+        loop = asyncio.get_running_loop()
+        reported = 0.0
+
+        def report(step: int, loss: float) -> None:
+            nonlocal reported
+            assert spec.warm_start is not None
+            now = time.monotonic()
+            if now - reported >= WARM_START_REPORT_S or step == spec.warm_start.steps:
+                reported = now
+                asyncio.run_coroutine_threadsafe(reporter.warm_start(step, loss), loop)
+
+        tasks = iter(TrainCursor(source, spec.tasks.heldout_fraction, seed=spec.seed).next, None)
+        examples = demonstrations(tasks, renderer, spec.warm_start, spec.seed)
+        await asyncio.to_thread(warm_start, trainer.policy, examples, spec.warm_start, report)
+    progress = Progress(started_at=started_at)
+    state = {"ledger": Ledger().state(), "progress": progress.state(), "epoch": epoch}
+    snapshot = take_snapshot(trainer, 0, state)
+    await asyncio.to_thread(write_checkpoint, checkpoints, snapshot)
+    return snapshot
+
+
+def _task_source(job: JobFile) -> TaskSource:
+    spec = job.spec
+    source: TaskSource = load(SOURCES, spec.tasks.source)(spec.tasks, spec.seed, spec.environment.name)
+    return source
+
+
+def _canary(source: TaskSource, heldout_fraction: float, renderer: Renderer) -> list[int]:
+    """A fixed prompt with its answer: what a generator must score as the learner did."""
+    task = TrainCursor(source, heldout_fraction).next()
+    return [*renderer.prompt_ids(list(task.messages)), *renderer.reply_ids(task.answer or "canary")]
+
+
+def _epoch(snapshot: Snapshot | None) -> int:
+    epoch = snapshot.state["epoch"] if snapshot else 0
+    assert isinstance(epoch, int)
+    return epoch
+
+
+def _progress(snapshot: Snapshot) -> Progress:
+    state = snapshot.state["progress"]
+    assert isinstance(state, dict)
+    return Progress.restore(state)
+
+
+def _ledger(snapshot: Snapshot) -> Ledger:
+    state = snapshot.state["ledger"]
+    assert isinstance(state, dict)
+    return Ledger.restore(state)
+
+
+def main() -> int:
+    """Entry point of `longshore serve learner`."""
+    return run_process("learner", LearnerSettings.from_environment(), serve)

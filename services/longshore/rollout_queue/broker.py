@@ -1,0 +1,206 @@
+"""The way to the broker: connecting, living through its restarts, loading and calling our functions.
+
+Knows streams and functions in general, and nothing of what a ticket is. Everything here raises BrokerLost once the
+broker has been away for longer than the client's patience; each retry and each wait is bounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.resources
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+
+import redis.exceptions
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import EqualJitterBackoff
+from redis.maint_notifications import MaintNotificationsConfig
+
+from longshore.errors import ConfigError, Unavailable
+from longshore.rollout_queue.keys import ACTORS, LEARNER, JobKeys, job_prefix
+from longshore.types import JobRef
+
+T = TypeVar("T")
+
+# A supervisor has a killed broker back within a few seconds; loading a large append-only file takes some more.
+PATIENCE_S = 20.0
+CONNECT_TIMEOUT_S = 5.0
+# Seconds without a byte on a connection; above the longest blocking read.
+SOCKET_TIMEOUT_S = 15.0
+MAX_BLOCK_MS = 10_000
+MAX_CONNECTIONS = 64
+_DELETE_BATCH = 500
+
+_SOURCE = importlib.resources.files(__package__).joinpath("functions.lua").read_text(encoding="utf-8")
+# Named by content: processes of two releases can share a broker, each with the functions that it was written for.
+VERSION = hashlib.sha256(_SOURCE.encode()).hexdigest()[:12]
+_CODE = _SOURCE.replace("@VERSION@", VERSION)
+
+
+class BrokerLost(Unavailable, redis.exceptions.ConnectionError):
+    """The broker did not answer within the client's patience. What was asked may or may not have happened; asking
+    again is safe. Also redis-py's own kind, so that one clause covers commands that went to the client directly."""
+
+
+class _Patience(Retry):
+    """Retries for a time rather than a number of times: redis-py nests retries, which would multiply a number."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(EqualJitterBackoff(cap=0.5, base=0.02), retries=-1)
+        self._seconds = seconds
+
+    async def call_with_retry(
+        self,
+        do: Callable[[], Awaitable[T]],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,
+    ) -> T:
+        deadline = time.monotonic() + self._seconds
+
+        def worth_it(error: Exception) -> bool:
+            # A wrong password is a ConnectionError to redis-py; waiting does not mend it.
+            wrong = isinstance(error, (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError))
+            return not wrong and time.monotonic() < deadline and (is_retryable is None or is_retryable(error))
+
+        return await super().call_with_retry(do, fail, worth_it, with_failure_count)
+
+
+def connect(url: str, *, patience_s: float = PATIENCE_S) -> Redis:
+    """A client for a broker: redis://, rediss:// (options such as ssl_ca_certs in the query) or unix://.
+
+    Connects on first use. A command during a restart of the broker waits for up to `patience_s` seconds.
+
+    Raises:
+        ConfigError: the URL is malformed.
+    """
+    try:
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=MAX_CONNECTIONS,
+            timeout=patience_s,
+            retry=_Patience(patience_s),
+            socket_timeout=SOCKET_TIMEOUT_S,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            legacy_responses=False,
+            # A feature of Redis Enterprise, which would cost a round trip on each new connection.
+            maint_notifications_config=MaintNotificationsConfig(enabled=False),
+        )
+    except ValueError as error:
+        raise ConfigError(f"broker URL: {error}") from None
+    return Redis.from_pool(pool)
+
+
+@contextlib.contextmanager
+def reaching() -> Iterator[None]:
+    """Turns what redis-py raises when the broker cannot serve into our errors.
+
+    Raises:
+        BrokerLost: no answer within the client's patience.
+        Unavailable: the broker answers, but takes no writes: its memory is full, or it is a replica.
+        ConfigError: it does not accept our credentials.
+    """
+    try:
+        yield
+    except (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError) as error:
+        raise ConfigError(f"the broker refuses our credentials: {error}") from None
+    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+        raise BrokerLost(f"the broker does not answer: {error}") from error
+    except (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError) as error:
+        raise Unavailable(f"the broker takes no writes: {error}") from error
+
+
+async def ping(client: Redis) -> None:
+    """Returns when the broker answers. Raises BrokerLost."""
+    with reaching():
+        await client.ping()
+
+
+async def incarnation(client: Redis) -> str:
+    """The server's run id. A new one means a restart, which may have lost the last second of writes."""
+    with reaching():
+        info = await client.info("server")
+    return str(info["run_id"])
+
+
+async def setup(client: Redis, keys: JobKeys) -> None:
+    """Loads our functions and makes the streams and groups of a job at a site. Idempotent."""
+    with reaching():
+        await client.function_load(_CODE, replace=True)
+        for stream, group in ((keys.tickets, ACTORS), (keys.rollouts, LEARNER)):
+            try:
+                await client.xgroup_create(stream, group, id="0", mkstream=True)
+            except redis.exceptions.ResponseError as error:
+                if not str(error).startswith("BUSYGROUP"):
+                    raise
+
+
+async def healed(client: Redis, keys: JobKeys, command: Callable[[], Awaitable[T]]) -> T:
+    """Runs a command; when a broker that lost its tail lacks our functions or groups, sets up and runs it again."""
+    with reaching():
+        try:
+            return await command()
+        except redis.exceptions.ResponseError as error:
+            if not str(error).startswith("NOGROUP") and "Function not found" not in str(error):
+                raise
+    await setup(client, keys)
+    with reaching():
+        return await command()
+
+
+async def call(client: Redis, keys: JobKeys, function: str, *args: str | bytes | int) -> Any:
+    """Calls one of our functions and returns its reply."""
+    names = keys.for_functions
+    return await healed(
+        client,
+        keys,
+        lambda: client.fcall(f"longshore_{VERSION}_{function}", len(names), *names, keys.ticket_prefix, *args),
+    )
+
+
+Entry = tuple[str, dict[bytes, bytes]]
+
+
+async def read_group(
+    client: Redis, keys: JobKeys, stream: str, group: str, consumer: str, after: str, count: int, block_ms: int
+) -> list[Entry]:
+    """XREADGROUP on one stream. `block_ms` 0 does not wait; no wait is longer than MAX_BLOCK_MS."""
+    block = min(block_ms, MAX_BLOCK_MS) if block_ms > 0 else None
+    found = await healed(
+        client, keys, lambda: client.xreadgroup(group, consumer, {stream: after}, count=count, block=block)
+    )
+    return entries_of(found, stream)
+
+
+def entries_of(reply: Any, stream: str) -> list[Entry]:
+    """What XREAD and XREADGROUP found in one stream, with ids as text."""
+    # Any: redis-py types the replies of all protocols at once; ours is {stream: [(id, fields)]}.
+    return entries(reply.get(stream.encode(), []))
+
+
+def entries(found: list[tuple[bytes, dict[bytes, bytes]]]) -> list[Entry]:
+    """Stream entries with their ids as text."""
+    return [(entry_id.decode(), fields) for entry_id, fields in found]
+
+
+def text(value: bytes | str) -> str:
+    """A reply as text, whichever of the two redis-py's types promise."""
+    return value.decode() if isinstance(value, bytes) else value
+
+
+async def forget_job(client: Redis, job: JobRef) -> None:
+    """Deletes all keys of a job. Stop its processes first: what they write afterwards stays."""
+    # The names hold no other special characters of a pattern than these.
+    pattern = "".join(f"\\{c}" if c in "*?[]^\\" else c for c in job_prefix(job)) + "*"
+    batch: list[bytes] = []
+    with reaching():
+        async for name in client.scan_iter(match=pattern, count=1000):
+            batch.append(name)
+            if len(batch) >= _DELETE_BATCH:
+                await client.unlink(*batch)
+                batch.clear()
+        if batch:
+            await client.unlink(*batch)

@@ -1,0 +1,118 @@
+"""What is wrong with a job beyond its document: files that are not there, plug-ins that are not installed, parts that
+do not fit each other.
+
+Runs where the plug-ins are: in the gateway, before a job is accepted. It may take seconds and raises nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from longshore.config import DirectoryModel, JobSpec
+from longshore.errors import Fault, InvalidJobSpec, PluginError
+from longshore.tasks import registry
+from longshore.tasks.source import TaskSource, scan_heldout, scan_limit, too_few
+from longshore.types import Task
+
+SAMPLE_TASKS = 20
+MAX_SCAN_SECONDS = 5.0
+
+
+def check_job(spec: JobSpec) -> list[Fault]:
+    """Everything that would make the job fail at its start; empty: nothing found."""
+    faults = _guarded("model", spec.model.kind, lambda: _check_model(spec))
+    faults += _check_plugin(registry.ENVIRONMENTS, "environment", spec.environment.name, spec.environment.options)
+    faults += _check_plugin(registry.VERIFIERS, "verifier", spec.verifier.name, spec.verifier.options)
+    try:
+        kind = registry.load(registry.SOURCES, spec.tasks.source)
+    except PluginError as error:
+        return [*faults, Fault("tasks.source", spec.tasks.source, str(error))]
+    return faults + _guarded("tasks", spec.tasks.source, lambda: _check_tasks(spec, kind))
+
+
+def _check_model(spec: JobSpec) -> list[Fault]:
+    if not isinstance(spec.model, DirectoryModel):
+        return []
+    path = spec.model.path
+    if not path.is_dir():
+        return [Fault("model.path", str(path), "there is no such directory")]
+    missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
+    if not any(path.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        message = f"is not a Hugging Face checkpoint: {', '.join(missing)} missing"
+        return [Fault("model.path", str(path), message)]
+    return []
+
+
+def _check_plugin(group: str, part: str, name: str, options: dict[str, object]) -> list[Fault]:
+    try:
+        kind = registry.load(group, name)
+    except PluginError as error:
+        return [Fault(f"{part}.name", name, str(error))]
+    check = getattr(kind, "check_options", None)
+    if check is None:
+        return []
+    where = f"{part}.options"
+    return _guarded(where, options, lambda: [Fault(where, options, text) for text in check(options)])
+
+
+def _guarded(path: str, value: object, check: Callable[[], list[Fault]]) -> list[Fault]:
+    """Runs a check that calls a plug-in: whatever it raises becomes a fault."""
+    try:
+        return check()
+    except InvalidJobSpec as error:
+        return error.faults
+    except Exception as error:  # noqa: BLE001 - plug-ins may raise anything, and the gateway must outlive them
+        return [Fault(path, value, f"the plug-in failed: {error or type(error).__name__}")]
+
+
+def _check_tasks(spec: JobSpec, kind: type[Any]) -> list[Fault]:
+    source: TaskSource = kind(spec.tasks, spec.seed, spec.environment.name)
+    sample = []
+    for ordinal in range(SAMPLE_TASKS):
+        if (task := source.task(ordinal)) is None:
+            break
+        sample.append(task)
+    if not sample:
+        return [Fault("tasks.source", spec.tasks.source, "has no tasks")]
+    return [*_check_fit(spec, sample), *_check_heldout(spec, source)]
+
+
+def _check_fit(spec: JobSpec, sample: list[Task]) -> list[Fault]:
+    """Whether the verifier can score the tasks, and the warm start show their answers."""
+    faults = []
+    for task in sample:
+        if task.answer is None and spec.warm_start is not None:
+            message = f"needs answers to demonstrate, and task {task.task_id} has none; remove warm_start"
+            faults.append(Fault("warm_start", spec.warm_start.steps, message))
+            break
+    try:
+        check = getattr(registry.load(registry.VERIFIERS, spec.verifier.name), "check_task", None)
+    except PluginError:
+        # Reported with the verifier itself.
+        return faults
+    if check is None:
+        return faults
+    for task in sample:
+        if lacks := check(task):
+            message = f"cannot score these tasks: task {task.task_id} {lacks}"
+            return [*faults, Fault("verifier.name", spec.verifier.name, message)]
+    return faults
+
+
+def _check_heldout(spec: JobSpec, source: TaskSource) -> list[Fault]:
+    """Whether enough tasks can be held out; a source too slow to tell in seconds is believed."""
+    wanted, fraction = spec.evaluation.tasks, spec.tasks.heldout_fraction
+    if not wanted or not fraction:
+        return []
+    found, deadline = 0, time.monotonic() + MAX_SCAN_SECONDS
+    for _ in scan_heldout(source, fraction, scan_limit(fraction, wanted)):
+        found += 1
+        if found == wanted or time.monotonic() > deadline:
+            return []
+    if time.monotonic() > deadline:
+        return []
+    return [Fault("evaluation.tasks", wanted, too_few(found, wanted, fraction))]
