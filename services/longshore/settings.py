@@ -73,4 +73,7 @@ class JobProcessSettings(ProcessSettings):
 class BrokerSettings(BaseSettings):
     """Where the broker is; mixed into the settings of the processes that use it."""
 
+    # The last base's configuration wins, so it has to be the same one.
+    model_config = SettingsConfigDict(env_prefix="LONGSHORE_", extra="ignore", frozen=True)
+
     broker_url: str = Field(description="redis://, rediss:// or unix:// URL of the site's broker")

@@ -9,11 +9,11 @@ import subprocess
 from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
 
-import redis.asyncio
 import redis.exceptions
 
 from longshore.errors import ConfigError
 from longshore.launcher.plan import BrokerCommand
+from longshore.launcher.probe import connect_once
 
 # Functions (FCALL) came with 7.0.
 _MIN_MAJOR = 7
@@ -38,7 +38,7 @@ async def resolve_broker(state_dir: Path, socket_dir: Path) -> BrokerCommand | s
 async def _check_url(url: str) -> None:
     shown = redacted(url)
     try:
-        client = redis.asyncio.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+        client = connect_once(url, _TIMEOUT_S)
     except ValueError as error:
         raise ConfigError(f"REDIS_URL {shown}: {error}") from None
     try:

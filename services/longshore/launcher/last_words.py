@@ -7,10 +7,12 @@ from pathlib import Path
 
 _TAIL_BYTES = 16 * 1024
 _MAX_CHARACTERS = 300
+_TRACEBACK = "Traceback (most recent call last)"
 
 
 def last_words(log_path: Path) -> str:
-    """The gist of a log's last line: plain text as it is, of a JSON line its event and reason; "" without any."""
+    """The gist of a log's end: of a JSON line its event and reason, of a traceback the error, else the last line; ""
+    for an empty or missing log."""
     try:
         with log_path.open("rb") as file:
             file.seek(0, 2)
@@ -18,20 +20,36 @@ def last_words(log_path: Path) -> str:
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    # A line for people (a traceback's end, "longshore actor: ...") says more than the JSON lines around it.
-    gist = _gist(lines[-1]) if lines else ""
+    # Exception groups are drawn with bars and rules, which say nothing.
+    lines = [line for line in text.splitlines() if any(character.isalnum() for character in line)]
+    gist = _gist(lines) if lines else ""
     return gist if len(gist) <= _MAX_CHARACTERS else gist[: _MAX_CHARACTERS - 3] + "..."
 
 
-def _gist(line: str) -> str:
+def _gist(lines: list[str]) -> str:
+    last = lines[-1].strip(" |\t")
     try:
-        entry = json.loads(line)
+        entry = json.loads(last)
     except ValueError:
-        return line
-    if not isinstance(entry, dict):
-        return line
+        # A process says itself why it ends; a traceback speaks for those that could not.
+        return last if last.startswith("longshore") else _error(lines) or last
+    return _of_entry(entry) or last if isinstance(entry, dict) else last
+
+
+def _of_entry(entry: dict[str, object]) -> str:
     exception = str(entry.get("exception", "")).strip().splitlines()
-    reason = entry.get("reason") or (exception[-1] if exception else "")
+    reason = entry.get("reason") or (_error(exception) or exception[-1] if exception else "")
     event = str(entry.get("event", ""))
-    return f"{event}: {reason}" if reason else event or line
+    return f"{event}: {reason}" if reason else event
+
+
+def _error(lines: list[str]) -> str:
+    """The line that names the error of the last traceback; its message may go on for more lines."""
+    starts = [index for index, line in enumerate(lines) if _TRACEBACK in line]
+    if not starts:
+        return ""
+    indent = lines[starts[-1]].partition(_TRACEBACK)[0]
+    for line in lines[starts[-1] + 1 :]:
+        if line.startswith(indent) and not line[len(indent) :].startswith((" ", "|", "+")):
+            return line[len(indent) :]
+    return ""

@@ -9,6 +9,8 @@ import grpc.aio
 import redis.asyncio
 import redis.exceptions
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from longshore.launcher.spec import Ready, ReadyKind
 
@@ -33,10 +35,17 @@ async def _probe_grpc(address: str) -> bool:
 
 
 async def _probe_redis(url: str) -> bool:
-    client = redis.asyncio.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+    client = connect_once(url, _TIMEOUT_S)
     try:
         return bool(await client.ping())
     except (redis.exceptions.RedisError, OSError):
         return False
     finally:
         await client.aclose()
+
+
+def connect_once(url: str, timeout: float) -> redis.asyncio.Redis:
+    """A client that tries once: whether the broker is there now is the question. Raises ValueError for a bad URL."""
+    return redis.asyncio.from_url(
+        url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), retries=0)
+    )

@@ -97,10 +97,10 @@ class Stack:
         port = self._reserve_http_port(resources)
         broker = await resolve_broker(self.state_dir, sockets)
         self.api_key = resources.enter_context(state.api_key(self.state_dir))
-        socket = sockets / "supervisor.sock"
-        await self._serve(socket, resources)
+        address = f"unix:{sockets / 'supervisor.sock'}"
+        await self._serve(address, resources)
         resources.push_async_callback(self._supervisor.close, STACK_UNIT)
-        paths = StackPaths(self.state_dir, self.runs_dir, f"unix:{socket}")
+        paths = StackPaths(self.state_dir, self.runs_dir, address)
         await self._supervisor.apply(STACK_UNIT, plan_stack(broker, paths, port, self._jobs_since))
         await self._await_ready()
         self.url = f"http://{LOOPBACK}:{port}"
@@ -117,12 +117,10 @@ class Stack:
         resources.callback(held.close)
         return int(held.getsockname()[1])
 
-    async def _serve(self, socket: Path, resources: contextlib.AsyncExitStack) -> None:
-        socket.unlink(missing_ok=True)
-        server = RpcServer(f"unix:{socket}")
+    async def _serve(self, address: str, resources: contextlib.AsyncExitStack) -> None:
+        server = RpcServer(address)
         add_SupervisorServiceServicer_to_server(SupervisorService(self._supervisor), server.server)
         await server.start()
-        socket.chmod(0o600)
         resources.push_async_callback(server.drain, 0.0)
 
     async def _await_ready(self) -> None:

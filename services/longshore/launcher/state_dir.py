@@ -62,6 +62,9 @@ def locked(state_dir: Path) -> Iterator[None]:
                 f"a stack is running already in {state_dir} (process {holder(state_dir) or 'unknown'}): give it jobs "
                 "with `longshore submit`, or stop it with `longshore down`"
             ) from None
+        # What a killed stack left behind must not be taken for ours.
+        for name in ("up.json", "api.key"):
+            (state_dir / name).unlink(missing_ok=True)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

@@ -11,7 +11,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-import redis.exceptions
 import structlog
 from redis.asyncio import Redis
 
@@ -27,8 +26,8 @@ log = structlog.get_logger()
 T = TypeVar("T")
 # How long the broker may be away before the learner gives up; the launcher then restarts the learner.
 PATIENCE_S = 120.0
+PAUSE_S = 0.25
 INCARNATION_CHECK_S = 1.0
-_LOST = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, redis.exceptions.BusyLoadingError, OSError)
 
 
 class BrokerLink:
@@ -52,10 +51,10 @@ class BrokerLink:
                 await self._tickets.setup()
                 self._incarnation = await broker.incarnation(self._redis)
                 self.epoch = await self._tickets.open_epoch(at_least=at_least)
-            except _LOST as error:
+            except Unavailable:
                 if time.monotonic() > deadline:
-                    raise Unavailable(f"the broker did not answer for {PATIENCE_S:.0f} s: {error}") from None
-                await asyncio.sleep(0.5)
+                    raise
+                await asyncio.sleep(PAUSE_S)
             else:
                 return self.epoch
 
@@ -102,13 +101,8 @@ class BrokerLink:
         while True:
             try:
                 return await operation()
-            except _LOST as error:
-                log.warning("broker lost", reason=str(error))
-                await self._recover()
-            except redis.exceptions.ResponseError as error:
-                # A broker that came back without its tail may lack the consumer group or the functions.
-                if not ("NOGROUP" in str(error) or "Function not found" in str(error)):
-                    raise
+            except Unavailable as error:
+                log.warning("broker unavailable", reason=str(error))
                 await self._recover()
 
     async def _check_incarnation(self) -> None:
@@ -127,10 +121,10 @@ class BrokerLink:
                 incarnation = await broker.incarnation(self._redis)
                 await self._tickets.setup()
                 await self._tickets.raise_epoch(self.epoch)
-            except (*_LOST, redis.exceptions.ResponseError) as error:
+            except Unavailable:
                 if time.monotonic() > deadline:
-                    raise Unavailable(f"the broker did not answer for {PATIENCE_S:.0f} s: {error}") from None
-                await asyncio.sleep(0.25)
+                    raise
+                await asyncio.sleep(PAUSE_S)
             else:
                 break
         if incarnation != self._incarnation:

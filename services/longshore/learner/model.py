@@ -96,6 +96,7 @@ def _llama_config(model: NewModel, tokenizer: PreTrainedTokenizerFast) -> LlamaC
         num_key_value_heads=model.kv_heads,
         max_position_embeddings=model.max_context,
         tie_word_embeddings=model.tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

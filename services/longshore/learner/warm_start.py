@@ -1,13 +1,13 @@
 """The warm start: a short supervised stage before policy version 0.
 
-Reinforcement needs a policy that is right sometimes. Demonstrations that are wrong on purpose in a share of cases
-give one that knows the task and is unreliable at it: what RLVR then sharpens.
+Reinforcement needs a policy that is right sometimes. Right demonstrations teach the task; wrong ones at the end leave
+a policy that knows it and is unreliable at it: what RLVR then sharpens.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,30 +20,30 @@ from longshore.types import Task
 IGNORE = -100
 
 
-def corrupt(answer: str, rng: random.Random) -> str:
-    """A wrong answer that looks like one: the same characters in another order, or one character changed.
+def corrupt(answer: str, alphabet: Sequence[str], rng: random.Random) -> str:
+    """A wrong answer of the same length, of characters that answers are made of.
 
-    Example: corrupt("nus", rng) may be "uns"
+    Example: corrupt("nus", "abcdefg", rng) may be "gad"
     """
-    letters = list(answer)
-    rng.shuffle(letters)
-    shuffled = "".join(letters)
-    if shuffled != answer:
-        return shuffled
-    return answer + answer[-1:]
+    wrong = "".join(rng.choice(alphabet) for _ in answer)
+    return wrong if wrong != answer else answer + rng.choice(alphabet)
 
 
 def demonstrations(tasks: Iterator[Task], renderer: Renderer, spec: WarmStartSpec, seed: int) -> Iterator[list[int]]:
-    """Endless (prompt ids, answer ids) joined: `[prompt..., answer..., eos]` with the prompt's length first.
+    """Endless demonstrations: the prompt's length, then the prompt's ids and the answer's.
 
     Raises:
         ConfigError: a task has no answer to demonstrate.
     """
     rng = random.Random(seed)  # noqa: S311 - corruption must be repeatable, not secret
-    for task in tasks:
-        if task.answer is None:
+    alphabet: list[str] = []
+    clean = round(spec.steps * spec.clean_fraction) * spec.batch_size
+    for number, task in enumerate(tasks):
+        if not task.answer:
             raise ConfigError(f"warm_start: task {task.task_id} has no answer to demonstrate")
-        answer = corrupt(task.answer, rng) if rng.random() < spec.wrong_fraction else task.answer
+        alphabet += sorted(set(task.answer).difference(alphabet))
+        wrong = number >= clean and rng.random() < spec.wrong_fraction
+        answer = corrupt(task.answer, alphabet, rng) if wrong else task.answer
         prompt = renderer.prompt_ids(list(task.messages))
         yield [len(prompt), *prompt, *renderer.reply_ids(answer)]
 
@@ -55,11 +55,8 @@ def warm_start(
     report: Callable[[int, float], None],
 ) -> None:
     """Trains `policy` in place by next-token cross-entropy on the answers. `report(step, loss)` after each step."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=spec.learning_rate, weight_decay=0.0)
-    warm, total = max(1, spec.steps // 20), spec.steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, max(0.1, 1 - step / total))
-    )
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=spec.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / spec.steps, step))
     policy.train()
     for step in range(1, spec.steps + 1):
         input_ids, labels = _collate([next(examples) for _ in range(spec.batch_size)])
@@ -70,6 +67,11 @@ def warm_start(
         optimizer.step()
         schedule.step()
         report(step, float(loss))
+
+
+def _rate(progress: float, step: int) -> float:
+    """Factor of the learning rate: 20 steps of warm-up, then constant, then down to a twentieth over the last 30 %."""
+    return min(1.0, (step + 1) / 20) * max(0.05, min(1.0, (1 - progress) / 0.3))
 
 
 def _collate(examples: list[list[int]]) -> tuple[Tensor, Tensor]:

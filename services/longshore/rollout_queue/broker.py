@@ -62,9 +62,8 @@ class _Patience(Retry):
         deadline = time.monotonic() + self._seconds
 
         def worth_it(error: Exception) -> bool:
-            # A wrong password is a ConnectionError to redis-py; waiting does not mend it.
-            wrong = isinstance(error, (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError))
-            return not wrong and time.monotonic() < deadline and (is_retryable is None or is_retryable(error))
+            in_time = time.monotonic() < deadline and not _refuses_us(error)
+            return in_time and (is_retryable is None or is_retryable(error))
 
         return await super().call_with_retry(do, fail, worth_it, with_failure_count)
 
@@ -94,6 +93,12 @@ def connect(url: str, *, patience_s: float = PATIENCE_S) -> Redis:
     return Redis.from_pool(pool)
 
 
+def _refuses_us(error: BaseException | None) -> bool:
+    """Whether it is about our credentials: a ConnectionError to redis-py, or wrapped in one, that no wait mends."""
+    kinds = (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError)
+    return error is not None and (isinstance(error, kinds) or isinstance(error.__cause__, kinds))
+
+
 @contextlib.contextmanager
 def reaching() -> Iterator[None]:
     """Turns what redis-py raises when the broker cannot serve into our errors.
@@ -105,9 +110,9 @@ def reaching() -> Iterator[None]:
     """
     try:
         yield
-    except (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError) as error:
-        raise ConfigError(f"the broker refuses our credentials: {error}") from None
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+        if _refuses_us(error):
+            raise ConfigError(f"the broker refuses our credentials: {error}") from None
         raise BrokerLost(f"the broker does not answer: {error}") from error
     except (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError) as error:
         raise Unavailable(f"the broker takes no writes: {error}") from error

@@ -68,6 +68,8 @@ class TrainCursor:
 
     def next(self) -> Task:
         """The next task that is not held out. Raises ConfigError when there is none."""
+        if self._source.size == 0:
+            raise ConfigError("tasks: the source is empty")
         for _ in range(_MAX_SKIPPED if self._source.size is None else 2 * self._source.size):
             task = self._source.task(self._ordinal(self.state))
             if task is None:
@@ -81,8 +83,6 @@ class TrainCursor:
         size = self._source.size
         if size is None:
             return position
-        if size == 0:
-            raise ConfigError("tasks: the source is empty")
         return _order(self._seed, position // size, size)[position % size]
 
 

@@ -1,0 +1,1 @@
+"""Plug-ins for Longshore, one of each kind."""

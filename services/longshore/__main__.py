@@ -1,0 +1,7 @@
+"""`python -m longshore` is the `longshore` command."""
+
+import sys
+
+from longshore.cli import main
+
+sys.exit(main())

@@ -1,0 +1,182 @@
+"""The generator and the verifier as an episode sees them: gRPC calls with deadlines and bounded retries."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import time
+from collections.abc import Callable
+
+import grpc
+import grpc.aio
+
+from longshore.actor.episode import AttemptFailed, Reply
+from longshore.actor.retry import persist
+from longshore.errors import Rejected, Unavailable
+from longshore.proto.v1 import generator_pb2, generator_pb2_grpc, verdict_pb2, verifier_pb2, verifier_pb2_grpc
+from longshore.rpc import convert
+from longshore.rpc.convert_rollout import engine_from_proto
+from longshore.tasks.verification import ScoreRequest
+from longshore.types import EngineFingerprint, FinishReason, KvMark, SampledSpan, Sampling, Ticket, Verdict
+
+_Code = grpc.StatusCode
+# Tries of one score that the verifier itself gave up on: a reply that breaks a scorer breaks it again.
+MAX_SCORE_TRIES = 2
+# Tries of one reply on which the generator fails with an error that is not "away".
+MAX_FAILED_REPLIES = 5
+
+
+class GeneratorClient:
+    """Draws replies for any number of rollouts over one channel."""
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        timeout_s: float,
+        patience_s: float,
+        on_retry: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._stub = generator_pb2_grpc.GeneratorServiceStub(channel)
+        self._timeout_s = timeout_s
+        self._patience_s = patience_s
+        self._on_retry = on_retry
+
+    async def generate(
+        self, ticket: Ticket, attempt: int, token_ids: list[int], sampling: Sampling, turn: int
+    ) -> Reply:
+        """One reply; a reply that broke off is drawn anew.
+
+        Raises:
+            Rejected: reason `prompt` when the generator refuses the request, `version` when the ticket's policy
+                version is gone.
+            AttemptFailed: it failed on the request again and again.
+            Unavailable: no generator answered within the patience.
+        """
+        request = generator_pb2.GenerateRequest(
+            job=convert.job_to_proto(ticket.ref.job),
+            token_ids=token_ids,
+            sampling=convert.sampling_to_proto(sampling),
+            version=convert.version_to_proto(ticket.version) if ticket.version else None,
+            prefix_key=str(ticket.ref.group_id),
+        )
+        tries = itertools.count()
+
+        async def once() -> Reply:
+            number = next(tries)
+            # A generator may still be ending the broken request: ids are never used twice.
+            request.request_id = f"{ticket.ref.key}/{attempt}/{turn}/{number}"
+            return await self._once(request, last=number + 1 >= MAX_FAILED_REPLIES)
+
+        return await persist(once, self._patience_s, self._on_retry)
+
+    async def _once(self, request: generator_pb2.GenerateRequest, *, last: bool) -> Reply:
+        builder = _ReplyBuilder()
+        try:
+            async for event in self._stub.Generate(request, timeout=self._timeout_s):
+                builder.add(event)
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (_Code.INVALID_ARGUMENT, _Code.OUT_OF_RANGE):
+                raise Rejected("prompt", error.details() or "the generator refuses the prompt") from None
+            if error.code() is _Code.FAILED_PRECONDITION:
+                raise Rejected("version", error.details() or "the policy version is gone") from None
+            if error.code() in (_Code.INTERNAL, _Code.UNKNOWN, _Code.UNIMPLEMENTED) and last:
+                raise AttemptFailed("generator_failed", _text(error)) from None
+            raise Unavailable(f"generator: {_text(error)}") from None
+        return builder.reply()
+
+
+class _ReplyBuilder:
+    """Joins a stream's events; neighbours that one version made under one cache become one span."""
+
+    def __init__(self) -> None:
+        self._token_ids: list[int] = []
+        self._spans: list[tuple[tuple[int, int, int | None], list[float]]] = []
+        self._finish: FinishReason | None = None
+        self._engine: EngineFingerprint | None = None
+
+    def add(self, event: generator_pb2.GenerateResponse) -> None:
+        if event.token_ids:
+            oldest = event.kv_min_version if event.HasField("kv_min_version") else None
+            made_by = (event.policy_version, event.kv, oldest)
+            if not self._spans or self._spans[-1][0] != made_by:
+                self._spans.append((made_by, []))
+            self._token_ids.extend(event.token_ids)
+            self._spans[-1][1].extend(event.logprobs)
+        if event.finish:
+            self._finish = convert.finish_from_proto(event.finish)
+        if event.HasField("engine"):
+            self._engine = engine_from_proto(event.engine)
+
+    def reply(self) -> Reply:
+        """Raises Unavailable for a stream that ended early: its tokens are dropped and drawn anew."""
+        if self._finish is None or self._finish is FinishReason.ABORTED or self._engine is None:
+            raise Unavailable("generator: the reply broke off")
+        spans = [
+            SampledSpan(version, tuple(logprobs), kv=_kv(kv), kv_min_version=oldest)
+            for (version, kv, oldest), logprobs in self._spans
+        ]
+        return Reply(self._token_ids, spans, self._finish, self._engine)
+
+
+class VerifierClient:
+    """Scores rollouts over one channel."""
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        score_timeout_s: float,
+        patience_s: float,
+        on_retry: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._stub = verifier_pb2_grpc.VerifierServiceStub(channel)
+        # The verifier keeps the scorer's limit; ours leaves as much again as a peer may be away, for the queue.
+        self._timeout_s = score_timeout_s + patience_s
+        self._patience_s = patience_s
+        self._on_retry = on_retry
+
+    async def verify(self, ticket: Ticket, attempt: int, request: ScoreRequest) -> Verdict | None:
+        """The verdict, or None when it comes later.
+
+        Raises:
+            Rejected: reasons `verifier_refused`, `verifier_timeout`, `verifier_failed`, or the verdict is malformed.
+            Unavailable: no verifier answered within the patience.
+        """
+        message = verifier_pb2.VerifyRequest(
+            job=convert.job_to_proto(ticket.ref.job),
+            ref=convert.ref_to_proto(ticket.ref),
+            attempt=attempt,
+            task=convert.task_to_proto(request.task),
+            conversation=[convert.message_to_proto(item) for item in request.conversation],
+            reply=request.reply,
+            turn_info_json=[json.dumps(info) for info in request.turn_info],
+            role=verdict_pb2.VERDICT_ROLE_TRAIN,
+        )
+        failures = itertools.count(1)
+        response = await persist(lambda: self._once(message, failures), self._patience_s, self._on_retry)
+        return convert.verdict_from_proto(response.verdict) if response.HasField("verdict") else None
+
+    async def _once(
+        self, message: verifier_pb2.VerifyRequest, failures: itertools.count[int]
+    ) -> verifier_pb2.VerifyResponse:
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            return await self._stub.Verify(message, timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is _Code.INVALID_ARGUMENT:
+                raise Rejected("verifier_refused", _text(error)) from None
+            # Our own deadline says that the verifier is busy or stuck, its own that the scorer was too slow.
+            timed_out = error.code() is _Code.DEADLINE_EXCEEDED and time.monotonic() < deadline
+            failed = error.code() in (_Code.INTERNAL, _Code.UNKNOWN, _Code.UNIMPLEMENTED)
+            if (timed_out or failed) and next(failures) >= MAX_SCORE_TRIES:
+                raise Rejected("verifier_timeout" if timed_out else "verifier_failed", _text(error)) from None
+            raise Unavailable(f"verifier: {_text(error)}") from None
+
+
+def _text(error: grpc.aio.AioRpcError) -> str:
+    return f"{error.code().name}: {error.details()}"
+
+
+@functools.cache
+def _kv(number: int) -> KvMark:
+    return convert.kv_from_proto(number)

@@ -1,0 +1,233 @@
+"""An actor's loops: tickets in, rollouts out.
+
+| loop           | consumes                       | produces         | waits for                                       |
+| `_intake_loop` | queued tickets, expired leases | attempts         | a free place; a ticket, for BLOCK_MS at most    |
+| `_renew_loop`  | claims in progress             | longer leases    | a third of the lease time                       |
+| `_attempt`     | one claim                      | one delivery     | generator, environment, verifier, broker        |
+
+A lease that is lost cancels its attempt. When told to stop, the intake ends, attempts get `drain_s` seconds, and the
+rest goes back to the queue. Knows queues by their Protocols, and nothing of gRPC or redis.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeVar
+
+import structlog
+
+from longshore.actor.episode import AttemptFailed
+from longshore.actor.retry import persist
+from longshore.errors import Fenced, Rejected, Unavailable
+from longshore.rollout_queue.tickets import DRAIN, Claim
+from longshore.rpc.process import wait_or_stop
+
+T = TypeVar("T")
+
+BLOCK_MS = 1000
+# Rollouts end in bursts; a claim for several costs as much as one for one.
+_GATHER_S = 0.005
+_GIVE_BACK_S = 5.0
+
+log = structlog.get_logger()
+
+
+class Tickets(Protocol):
+    """What a runner needs of rollout_queue.TicketQueue."""
+
+    async def setup(self) -> None: ...
+    async def claim(self, actor: str, count: int, block_ms: int) -> list[Claim]: ...
+    async def take_over(self, actor: str, count: int, lease_ms: int | None = None) -> list[Claim]: ...
+    async def renew(self, actor: str, claims: list[Claim]) -> list[Claim]: ...
+    async def give_back(self, claim: Claim, reason: str) -> None: ...
+    async def reject(self, claim: Claim, reason: str, detail: str) -> None: ...
+
+
+class Rollouts(Protocol):
+    """What a runner needs of rollout_queue.RolloutQueue."""
+
+    async def deliver(self, claim: Claim, rollout: bytes) -> bool: ...
+
+
+# Makes a claim's rollout, serialised.
+Work = Callable[[Claim], Awaitable[bytes]]
+
+
+@dataclass(frozen=True)
+class RunnerLimits:
+    """Bounds of a runner: attempts at a time, and seconds."""
+
+    places: int
+    lease_s: float
+    drain_s: float
+    broker_patience_s: float
+
+
+class Observer(Protocol):
+    """Told how attempts end, for metrics."""
+
+    def started(self, running: int) -> None: ...
+    def ended(self, outcome: str, seconds: float, running: int) -> None: ...
+
+
+class Runner:
+    """Runs attempts for one actor until told to stop."""
+
+    def __init__(
+        self, actor: str, tickets: Tickets, rollouts: Rollouts, work: Work, limits: RunnerLimits, observer: Observer
+    ) -> None:
+        self._actor = actor
+        self._tickets = tickets
+        self._rollouts = rollouts
+        self._work = work
+        self._limits = limits
+        self._observer = observer
+        self._running: dict[asyncio.Task[None], Claim] = {}
+        self._freed = asyncio.Event()
+        self._next_take_over = 0.0
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Returns when `stop` is set and the work is drained.
+
+        Raises:
+            Unavailable: the broker was away for longer than its patience. (In an ExceptionGroup.)
+        """
+        await self._broker(self._tickets.setup)
+        async with asyncio.TaskGroup() as group:
+            renewing = group.create_task(self._renew_loop(), name="renew")
+            await self._intake_loop(group, stop)
+            await self._drain()
+            renewing.cancel()
+
+    async def _intake_loop(self, group: asyncio.TaskGroup, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            free = self._limits.places - len(self._running)
+            if free <= 0:
+                await self._wait_for_place(stop)
+                continue
+            for claim in await self._claim_or_stop(free, stop):
+                task = group.create_task(self._attempt(claim), name=f"attempt-{claim.ticket.ref.key}")
+                self._running[task] = claim
+                task.add_done_callback(self._forget)
+
+    async def _claim_or_stop(self, free: int, stop: asyncio.Event) -> list[Claim]:
+        """While the broker is away, being told to stop ends the wait."""
+        try:
+            return await persist(partial(self._claim, free), self._limits.broker_patience_s, give_up=stop.is_set)
+        except Unavailable:
+            if stop.is_set():
+                return []
+            raise
+
+    async def _claim(self, free: int) -> list[Claim]:
+        """Expired leases first, once in half a lease time; else tickets from the queue."""
+        now = time.monotonic()
+        if now >= self._next_take_over:
+            claims = await self._tickets.take_over(self._actor, free, int(self._limits.lease_s * 1000))
+            self._next_take_over = now + self._limits.lease_s / 2
+            if claims:
+                log.info("took over", tickets=len(claims))
+                return claims
+        return await self._tickets.claim(self._actor, free, BLOCK_MS)
+
+    async def _wait_for_place(self, stop: asyncio.Event) -> None:
+        self._freed.clear()
+        stopping, freed = asyncio.create_task(stop.wait()), asyncio.create_task(self._freed.wait())
+        try:
+            await asyncio.wait([stopping, freed], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            freed.cancel()
+        await asyncio.sleep(_GATHER_S)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._running.pop(task, None)
+        self._freed.set()
+
+    async def _renew_loop(self) -> None:
+        while True:
+            await asyncio.sleep(self._limits.lease_s / 3)
+            held = {claim.fence: task for task, claim in self._running.items()}
+            claims = list(self._running.values())
+            if not claims:
+                continue
+            for claim in await self._broker(partial(self._tickets.renew, self._actor, claims)):
+                log.warning("lease lost", ticket=claim.ticket.ref.key, attempt=claim.attempt)
+                held[claim.fence].cancel()
+
+    async def _attempt(self, claim: Claim) -> None:
+        """One claim to its end. Only the broker's absence, and a cancellation, leave here as exceptions."""
+        started, outcome = time.monotonic(), "cancelled"
+        self._observer.started(len(self._running))
+        try:
+            outcome = await self._try(claim)
+        finally:
+            self._observer.ended(outcome, time.monotonic() - started, len(self._running) - 1)
+
+    async def _try(self, claim: Claim) -> str:
+        try:
+            rollout = await self._work(claim)
+        except Rejected as error:
+            log.warning("rejected", ticket=claim.ticket.ref.key, reason=error.reason, detail=error.detail)
+            await self._broker(partial(self._tickets.reject, claim, error.reason, error.detail))
+            return "rejected"
+        except (AttemptFailed, Unavailable) as error:
+            reason = error.reason if isinstance(error, AttemptFailed) else "unavailable"
+            return await self._failed(claim, reason, error)
+        except Exception as error:
+            log.exception("attempt failed", ticket=claim.ticket.ref.key)
+            return await self._failed(claim, "error", error)
+        return await self._deliver(claim, rollout)
+
+    async def _deliver(self, claim: Claim, rollout: bytes) -> str:
+        try:
+            await self._broker(partial(self._rollouts.deliver, claim, rollout))
+        except Fenced as error:
+            log.info("rollout is of no use", reason=str(error))
+            return "fenced"
+        except Rejected as error:
+            await self._broker(partial(self._tickets.reject, claim, error.reason, error.detail))
+            return "rejected"
+        return "delivered"
+
+    async def _failed(self, claim: Claim, reason: str, error: Exception) -> str:
+        log.warning("given back", ticket=claim.ticket.ref.key, reason=reason, detail=str(error))
+        await self._broker(partial(self._tickets.give_back, claim, reason))
+        return "given_back"
+
+    async def _drain(self) -> None:
+        """Lets attempts finish for `drain_s`, then gives the rest back without counting the attempt."""
+        if self._running:
+            await asyncio.wait(list(self._running), timeout=self._limits.drain_s)
+        left = dict(self._running)
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(list(left))
+            log.info("drained", given_back=len(left))
+        with contextlib.suppress(TimeoutError, Unavailable):
+            # Should the broker be away, the leases run out by themselves.
+            async with asyncio.timeout(_GIVE_BACK_S):
+                for claim in left.values():
+                    await self._tickets.give_back(claim, DRAIN)
+
+    async def _broker(self, call: Callable[[], Awaitable[T]]) -> T:
+        return await persist(call, self._limits.broker_patience_s)
+
+
+async def until_stopped(
+    call: Callable[[], Awaitable[T]], stop: asyncio.Event, what: str, pause_s: float = 1.0
+) -> T | None:
+    """Repeats a call that fails while its peer is not ready yet, for as long as the process lives; None: stopped."""
+    while not stop.is_set():
+        try:
+            return await call()
+        except Unavailable as error:
+            log.info("waiting", what=what, reason=str(error))
+        await wait_or_stop(stop, pause_s)
+    return None

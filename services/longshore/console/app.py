@@ -1,0 +1,153 @@
+"""The commands and their arguments. Each imports what it needs when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+import longshore
+
+if TYPE_CHECKING:
+    from longshore.console.screen import Screen
+
+Service = Literal["actor", "gateway", "generator", "learner", "verifier", "weights"]
+JobFile = Annotated[Path, Parameter(help="YAML or JSON file with a JobSpec, for example examples/first-light.yaml.")]
+Seed = Annotated[int | None, Parameter(help="Use this seed instead of the file's.")]
+JobId = Annotated[str, Parameter(help="The id that `submit` printed.")]
+
+app = App(
+    name="longshore",
+    help="Reinforcement learning with verifiable rewards for language models.",
+    version=longshore.__version__,
+    result_action="return_value",
+)
+
+
+@app.command(sort_key=1)
+def run(job_file: JobFile, /, *, seed: Seed = None) -> int:
+    """Train one job on this machine from start to end: up, submit, watch and down in one."""
+    from longshore.console import interrupt, local
+
+    document = local.load_checked(job_file, seed)
+    screen = _screen()
+    return interrupt.run_interruptible(lambda signals: local.run(job_file, document, screen, signals))
+
+
+@app.command(sort_key=2)
+def up(
+    *,
+    detach: Annotated[bool, Parameter(help="Return once it is up; `longshore down` stops it.", negative="")] = False,
+    port: Annotated[int, Parameter(help="Port of the REST API on 127.0.0.1; 0 takes any free one.")] = 0,
+) -> int:
+    """Start the stack of this directory (broker, weights, gateway) and keep it running."""
+    from longshore.console import interrupt, local
+
+    screen = _screen()
+    if detach:
+        return _await(local.up_detached(port, screen))
+    return interrupt.run_interruptible(lambda signals: local.up(port, screen, signals))
+
+
+@app.command(sort_key=3)
+def down() -> int:
+    """Stop the stack of this directory and everything that it runs."""
+    from longshore.console import local
+
+    return _await(local.down(_screen()))
+
+
+@app.command(sort_key=4)
+def submit(job_file: JobFile, /, *, seed: Seed = None) -> int:
+    """Give the running stack a job, and print the job's id."""
+    from longshore.config import parse_job
+    from longshore.console import commands, local
+
+    document = local.load_with_seed(job_file, seed)
+    parse_job(document)
+    return _await(commands.submit(document))
+
+
+@app.command(sort_key=5)
+def jobs() -> int:
+    """List the newest jobs."""
+    from longshore.console import commands
+
+    return _await(commands.jobs())
+
+
+@app.command(sort_key=6)
+def watch(job_id: JobId, /) -> int:
+    """Show a job's progress until it ends. Ctrl-C ends the watching, not the job."""
+    from longshore.console import commands
+
+    return _await(commands.watch(job_id, _screen()))
+
+
+@app.command(sort_key=7)
+def logs(
+    job_id: JobId,
+    /,
+    *,
+    service: Annotated[str | None, Parameter(help="Only this service's processes, for example actor.")] = None,
+    follow: Annotated[bool, Parameter(alias="-f", help="Go on until the job has ended.", negative="")] = False,
+    tail: Annotated[int, Parameter(help="How many lines of each process to begin with.")] = 200,
+) -> int:
+    """Print the logs of a job's processes."""
+    from longshore.console import commands
+
+    return _await(commands.logs(job_id, service, tail, follow))
+
+
+@app.command(sort_key=8)
+def cancel(job_id: JobId, /) -> int:
+    """End a job early; what it has learned so far is kept."""
+    from longshore.console import commands
+
+    return _await(commands.cancel(job_id))
+
+
+@app.command(sort_key=9)
+def validate(job_file: JobFile, /) -> int:
+    """Say everything that is wrong with a job file, without running it."""
+    from longshore.console import local
+
+    local.load_checked(job_file, None)
+    sys.stdout.write(f"{job_file} is a valid job\n")
+    return 0
+
+
+@app.command(sort_key=10)
+def serve(service: Service, /) -> int:
+    """Run one service process; its settings are environment variables (see docs/architecture.md)."""
+    from longshore.errors import ConfigError
+
+    try:
+        module = importlib.import_module(f"longshore.{service}.service")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("longshore"):
+            raise
+        sys.stderr.write(f"longshore: {service} needs {error.name}: pip install 'longshore[{service}]'\n")
+        return 2
+    try:
+        code: int = module.main()
+    except ConfigError as error:
+        sys.stderr.write(f"longshore {service}: {error}\n")
+        return 2
+    return code
+
+
+def _screen() -> Screen:
+    from longshore.console.screen import make_screen
+
+    return make_screen(sys.stdout)
+
+
+def _await(work: Coroutine[Any, Any, int]) -> int:
+    import asyncio
+
+    return asyncio.run(work)

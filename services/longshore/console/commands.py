@@ -1,0 +1,77 @@
+"""The commands that talk to a stack that runs already."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from datetime import datetime
+from typing import Any
+
+from longshore.client import ApiClient, connect
+from longshore.console.follow import EXIT_OK, follow_job
+from longshore.console.screen import Screen
+from longshore.launcher.state_dir import default_state_dir
+
+
+def _client() -> ApiClient:
+    return connect(default_state_dir())
+
+
+async def submit(document: dict[str, Any]) -> int:
+    """Prints the id alone on stdout, for scripts; the hint goes to stderr."""
+    async with _client() as client:
+        job = await client.submit(document)
+    sys.stdout.write(f"{job['id']}\n")
+    sys.stdout.flush()
+    sys.stderr.write(f"see it with `longshore watch {job['id']}`; its files: {job['run_dir']}\n")
+    return EXIT_OK
+
+
+async def jobs() -> int:
+    """Prints one line a job, newest first."""
+    async with _client() as client:
+        found = await client.jobs()
+    if not found:
+        sys.stderr.write("no jobs yet\n")
+        return EXIT_OK
+    rows = [("ID", "STATE", "STEP", "REWARD", "CREATED"), *(_row(job) for job in found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    return EXIT_OK
+
+
+def _row(job: dict[str, Any]) -> tuple[str, ...]:
+    progress = job["progress"]
+    step = f"{progress['step']}/{progress['steps']}" if progress.get("step") else progress.get("phase") or "-"
+    reward = progress.get("reward/mean")
+    created = datetime.fromisoformat(job["created_at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return job["id"], job["state"], str(step), "-" if reward is None else f"{reward:.3f}", created
+
+
+async def watch(job_id: str, screen: Screen) -> int:
+    """Shows a job until it ends."""
+    async with _client() as client:
+        try:
+            return await follow_job(client, job_id, screen)
+        except asyncio.CancelledError:
+            screen.line(f"the job goes on; see it again with `longshore watch {job_id}`")
+            raise
+
+
+async def logs(job_id: str, service: str | None, tail: int, follow: bool) -> int:
+    """Prints log lines."""
+    async with _client() as client:
+        async for text in client.logs(job_id, service, tail, follow):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+    return EXIT_OK
+
+
+async def cancel(job_id: str) -> int:
+    """Asks for a job's end."""
+    async with _client() as client:
+        job = await client.cancel(job_id)
+    sys.stdout.write(f"{job['id']} is {job['state']}\n")
+    return EXIT_OK

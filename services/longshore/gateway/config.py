@@ -1,0 +1,22 @@
+"""What a gateway is told at its start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from longshore.settings import BrokerSettings, ProcessSettings
+
+
+class GatewaySettings(ProcessSettings, BrokerSettings):
+    """Settings of one gateway process."""
+
+    http_listen: str = Field("127.0.0.1:0", description="host:port of the REST API")
+    database_url: str = Field(description="SQLAlchemy URL of the job database, for example sqlite+aiosqlite:///x.db")
+    runs_dir: Path = Field(description="each job's folder is made in here")
+    state_dir: Path = Field(description="jobs' signing keys are kept in here")
+    weights: str = Field(description="address of the weight store")
+    supervisor: str = Field(description="address of the launcher that runs jobs")
+    api_key_file: Path = Field(description="file with the key that callers must send")
+    jobs_since: float = Field(0.0, ge=0, description="Unix seconds; jobs created earlier are left alone")

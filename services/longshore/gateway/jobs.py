@@ -1,0 +1,84 @@
+"""What can be asked of jobs: submit, look, cancel. The REST routes translate to this, and the tests call it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Callable
+
+import structlog
+
+from longshore.config import JobSpec, parse_job
+from longshore.errors import Conflict, Fault, InvalidJobSpec, Unavailable
+from longshore.gateway.states import JobState
+from longshore.gateway.store import Job, JobStore
+
+log = structlog.get_logger()
+
+CHECK_TIMEOUT_S = 60.0
+# Checks run plug-ins and read data sets; more at once would only make each slower.
+_MAX_CHECKS = 2
+
+Check = Callable[[JobSpec], list[Fault]]
+
+
+class Jobs:
+    """Job control over the store. Starting and stopping is the reconciler's, which reads the same store."""
+
+    def __init__(self, store: JobStore, check: Check) -> None:
+        self.store = store
+        self._check = check
+        self._checks = asyncio.Semaphore(_MAX_CHECKS)
+
+    async def submit(self, document: object) -> Job:
+        """Validates a parsed JobSpec and queues the job.
+
+        Raises:
+            InvalidJobSpec: with every fault that was found; nothing is stored.
+            Unavailable: the check did not end in time.
+        """
+        _require_json(document)
+        spec = parse_job(document)
+        faults = await self._checked(spec)
+        if faults:
+            raise InvalidJobSpec(faults)
+        job = await self._create(spec)
+        log.info("job queued", job=job.id, project=job.project)
+        return job
+
+    async def cancel(self, job_id: str) -> Job:
+        """Asks for a job's end. A job that is being cancelled, or was, is answered as it is.
+
+        Raises:
+            NotFound: there is no such job.
+            Conflict: it has succeeded or failed.
+        """
+        job = await self.store.get(job_id)
+        if job.state in (JobState.CANCELLING, JobState.CANCELLED):
+            return job
+        return await self.store.move(job_id, JobState.CANCELLING, "cancelled on request")
+
+    async def _checked(self, spec: JobSpec) -> list[Fault]:
+        async with self._checks:
+            try:
+                return await asyncio.wait_for(asyncio.to_thread(self._check, spec), CHECK_TIMEOUT_S)
+            except TimeoutError:
+                raise Unavailable(f"the job could not be checked within {CHECK_TIMEOUT_S:.0f} s") from None
+
+    async def _create(self, spec: JobSpec) -> Job:
+        document = spec.model_dump(mode="json")
+        while True:
+            job_id = f"{spec.name}-{secrets.token_hex(3)}"
+            try:
+                return await self.store.create(job_id, spec.project, spec.name, document)
+            except Conflict:
+                log.warning("job id taken", job=job_id)
+
+
+def _require_json(document: object) -> None:
+    """YAML knows dates, sets and not-a-number; a job's options must survive JSON."""
+    try:
+        json.dumps(document, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidJobSpec([Fault("(document)", "...", f"must be plain JSON values: {error}")]) from None

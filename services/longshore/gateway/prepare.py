@@ -1,0 +1,42 @@
+"""What must lie ready before a job's processes start: its folder, its key, its job file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longshore.config import JobSpec
+from longshore.gateway.store import Job
+from longshore.launcher.plan import JobPaths
+from longshore.settings import JobFile
+from longshore.signing import SigningKey
+
+
+def job_paths(runs_dir: Path, state_dir: Path, job_id: str) -> JobPaths:
+    """Where a job's files are."""
+    return JobPaths(runs_dir / job_id, state_dir / "jobs" / job_id / "learner.key")
+
+
+def prepare(job: Job, paths: JobPaths) -> JobFile:
+    """Makes the folder, the learner's key and job.json, or finds them as an earlier call left them.
+
+    Raises:
+        OSError: the folder or job.json cannot be written.
+        ConfigError: so with the key, or it is not ours alone.
+    """
+    paths.logs.mkdir(parents=True, exist_ok=True)
+    paths.signing_key_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = _key(paths.signing_key_file)
+    file = JobFile(
+        project=job.project,
+        job=job.id,
+        spec=JobSpec.model_validate(job.spec),
+        learner_public_key=key.public_key.hex(),
+    )
+    part = paths.job_file.with_suffix(".part")
+    part.write_text(file.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    part.replace(paths.job_file)
+    return file
+
+
+def _key(path: Path) -> SigningKey:
+    return SigningKey.load(path) if path.exists() else SigningKey.create(path)

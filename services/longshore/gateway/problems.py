@@ -1,0 +1,81 @@
+"""Every error of the REST API as application/problem+json (RFC 9457), whoever raised it."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from longshore import errors
+
+log = structlog.get_logger()
+
+MEDIA_TYPE = "application/problem+json"
+_MAX_VALUE_CHARACTERS = 1000
+_STATUSES: list[tuple[type[errors.LongshoreError], int]] = [
+    (errors.InvalidJobSpec, 422),
+    (errors.NotFound, 404),
+    (errors.Conflict, 409),
+    (errors.Rejected, 400),
+    (errors.Unavailable, 503),
+]
+
+
+class Problem(HTTPException):
+    """An error with a status of HTTP's own: 401, 413, 415."""
+
+
+def problem(status: int, detail: str, headers: dict[str, str] | None = None, **more: object) -> JSONResponse:
+    """A problem document; `more` are further members."""
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
+    return JSONResponse(body, status, headers, MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Makes the app answer every error with a problem document."""
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> JSONResponse:
+        headers = dict(error.headers) if error.headers else None
+        return problem(error.status_code, str(error.detail), headers)
+
+    # FastAPI's own validation of path and query parameters.
+    @app.exception_handler(RequestValidationError)
+    async def on_parameters(request: Request, error: RequestValidationError) -> JSONResponse:
+        faults = [
+            errors.Fault(".".join(str(part) for part in entry["loc"]), entry["input"], entry["msg"])
+            for entry in error.errors()
+        ]
+        return problem(422, "the request's parameters are wrong", faults=_plain_faults(faults))
+
+    @app.exception_handler(errors.LongshoreError)
+    async def on_longshore(request: Request, error: errors.LongshoreError) -> JSONResponse:
+        status = next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)
+        if isinstance(error, errors.InvalidJobSpec):
+            faults = _plain_faults(error.faults)
+            return problem(status, f"the job has {len(faults)} fault{'s' * (len(faults) != 1)}", faults=faults)
+        return problem(status, str(error))
+
+    @app.exception_handler(Exception)
+    async def on_bug(request: Request, error: Exception) -> JSONResponse:
+        # A bug's text may hold anything: it goes to our log, not to the caller.
+        log.error("request failed", path=request.url.path, exc_info=error)
+        return problem(500, "internal error; see the gateway's log")
+
+
+def _plain_faults(faults: list[errors.Fault]) -> list[dict[str, object]]:
+    return [{"path": fault.path, "value": _plain(fault.value), "message": fault.message} for fault in faults]
+
+
+def _plain(value: object) -> object:
+    """The value itself where JSON can hold it in little room, else the beginning of its text."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return repr(type(value))
+    return value if len(text) <= _MAX_VALUE_CHARACTERS else text[:_MAX_VALUE_CHARACTERS] + "..."

@@ -1,0 +1,61 @@
+"""A job's states, the moves between them, and what of its events is worth a place in the job's row. Pure."""
+
+from __future__ import annotations
+
+import enum
+
+Body = dict[str, object]
+
+
+class JobState(enum.Enum):
+    """queued -> starting -> running -> (cancelling) -> succeeded | failed | cancelled"""
+
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return not MOVES[self]
+
+
+# From -> to. A short job may succeed before all of its processes were seen ready, and a cancel may come too late.
+MOVES: dict[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: frozenset({JobState.STARTING, JobState.CANCELLING, JobState.FAILED}),
+    JobState.STARTING: frozenset({JobState.RUNNING, JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}),
+    JobState.RUNNING: frozenset({JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.CANCELLING: frozenset({JobState.CANCELLED, JobState.SUCCEEDED, JobState.FAILED}),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset(),
+    JobState.CANCELLED: frozenset(),
+}
+
+
+def sources_of(target: JobState) -> list[JobState]:
+    """The states from which a job may move to `target`."""
+    return [state for state, targets in MOVES.items() if target in targets]
+
+
+# Types that a learner may write; "state" and "process" are the gateway's own.
+LEARNER_EVENTS = frozenset({"phase", "warm_start", "evaluation", "step", "warning", "summary"})
+_STEP_KEYS = ("reward/mean", "policy_version", "off_policy/mean", "perf/tokens_per_s", "time/remaining")
+
+
+def progress_after(progress: Body, kind: str, body: Body) -> Body:
+    """The job's progress once an event is known. Example: {"phase": "train", "step": 12, "steps": 400, ...}"""
+    if kind == "phase":
+        return {**progress, "phase": body.get("phase")}
+    if kind == "step":
+        metrics = body.get("metrics")
+        shown = {key: metrics[key] for key in _STEP_KEYS if key in metrics} if isinstance(metrics, dict) else {}
+        return {**progress, "step": body.get("step"), "steps": body.get("steps"), **shown}
+    if kind == "evaluation" and body.get("reward") is not None:
+        return {**progress, f"eval_{body.get('when')}": body["reward"]}
+    if kind == "summary":
+        summary = body.get("summary")
+        return {**progress, "outcome": summary.get("state")} if isinstance(summary, dict) else progress
+    return progress

@@ -1,0 +1,16 @@
+"""What a generator is told at its start."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from longshore.settings import JobProcessSettings
+
+
+class GeneratorSettings(JobProcessSettings):
+    """Settings of one generator process. How wide it is (slots, threads) is the job's to say."""
+
+    weights: str = Field(description="host:port of the weight store")
+    max_waiting: int = Field(4096, ge=0, description="requests that may wait for a slot; more are refused")
+    cache_mb: int = Field(4096, ge=1, description="most memory of the KV cache, in MiB; bounds the context")
+    max_request_s: float = Field(600.0, gt=0, description="seconds after which any request ends, whatever it asked for")

@@ -1,0 +1,161 @@
+"""Follows the head of the weight store: fetch, stage, prove, swap; always to the newest version, skipping others.
+
+A version is proven when the staged weights give the log-probs that the learner computed for the manifest's canaries.
+Whatever fails leaves the old version serving, is counted, and is tried again with growing pauses until it works or the
+head moves on. Knows neither the wire nor what kind of engine it feeds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Protocol
+
+import structlog
+
+from longshore.errors import ConfigError, IntegrityError, LongshoreError
+from longshore.generator import metrics
+from longshore.generator.engine import Engine
+from longshore.generator.llama_weights import tensors_of
+from longshore.types import JobRef
+from longshore.weights.client import CanaryProbe, PolicyVersion
+
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 30.0
+# Both sides compute in float32 from the same rounded weights; what is left is the order of sums.
+CANARY_TOLERANCE = 2e-3
+
+log = structlog.get_logger()
+
+
+class VersionSource(Protocol):
+    """What a follower needs of weights.client.WeightsClient."""
+
+    def watch_head(self) -> AsyncIterator[int]: ...
+
+    async def fetch(self, version: int) -> PolicyVersion: ...
+
+    async def assets(self, sha256: str) -> dict[str, bytes]: ...
+
+
+# Makes an engine of a model's config.json; raises ConfigError when it cannot run such a model.
+MakeEngine = Callable[[bytes], Engine]
+# Told after each swap, with the engine that now serves the version.
+OnVersion = Callable[[Engine], Awaitable[None]]
+
+
+class Follower:
+    """Keeps one engine at the newest version; makes the engine when the first version tells what model it is."""
+
+    def __init__(self, source: VersionSource, make_engine: MakeEngine, on_version: OnVersion, job: JobRef) -> None:
+        self._source = source
+        self._make_engine = make_engine
+        self._on_version = on_version
+        self._labels = (job.project, job.job)
+        self._engine: Engine | None = None
+        self._assets_sha256 = ""
+        self._config = b""
+        self._head: int | None = None
+        self._moved = asyncio.Event()
+        self._resident: int | None = None
+
+    async def run(self) -> None:
+        """Follows until cancelled, or until the source ends.
+
+        Raises:
+            ConfigError: the job's model is none that the engine can run.
+        """
+        following = asyncio.create_task(self._follow())
+        watching = asyncio.create_task(self._watch())
+        try:
+            await asyncio.wait((following, watching), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (following, watching):
+                task.cancel()
+            ended = await asyncio.gather(following, watching, return_exceptions=True)
+        for result in ended:
+            if isinstance(result, Exception):
+                raise result
+
+    async def _watch(self) -> None:
+        async for version in self._source.watch_head():
+            self._head = version
+            self._moved.set()
+
+    async def _follow(self) -> None:
+        pause = FIRST_PAUSE_S
+        while True:
+            await self._moved.wait()
+            self._moved.clear()
+            pause = FIRST_PAUSE_S
+            while self._head is not None and self._head != self._resident:
+                if await self._try(self._head):
+                    continue
+                try:
+                    # A newer head is tried at once.
+                    await asyncio.wait_for(self._moved.wait(), pause)
+                except TimeoutError:
+                    pause = min(2 * pause, LONGEST_PAUSE_S)
+                else:
+                    break
+
+    async def _try(self, version: int) -> bool:
+        started = time.monotonic()
+        try:
+            await self._go_to(version)
+        except LongshoreError as error:
+            if self._engine is None and isinstance(error, ConfigError):
+                raise
+            metrics.REFUSED.labels(*self._labels, type(error).__name__).inc()
+            log.warning("version refused", version=version, serving=self._resident, reason=str(error))
+            return False
+        seconds = time.monotonic() - started
+        metrics.SWAP_SECONDS.labels(*self._labels).observe(seconds)
+        log.info("version serves", version=version, seconds=round(seconds, 3))
+        return True
+
+    async def _go_to(self, version: int) -> None:
+        policy = await self._source.fetch(version)
+        engine = await self._engine_for(policy.assets_sha256)
+        await asyncio.to_thread(_stage_and_prove, engine, policy)
+        await asyncio.wrap_future(engine.swap())
+        self._resident = version
+        await self._on_version(engine)
+
+    async def _engine_for(self, assets_sha256: str) -> Engine:
+        """The engine of the model that an asset bundle describes; there is one model to a job."""
+        if self._engine is not None and assets_sha256 == self._assets_sha256:
+            return self._engine
+        config = (await self._source.assets(assets_sha256)).get("config.json")
+        if config is None:
+            raise IntegrityError("the version's assets hold no config.json")
+        if self._engine is None:
+            self._engine = await asyncio.to_thread(self._make_engine, config)
+            self._config = config
+        elif config != self._config:
+            raise IntegrityError("the version is of another model than the one that is served")
+        self._assets_sha256 = assets_sha256
+        return self._engine
+
+
+def _stage_and_prove(engine: Engine, policy: PolicyVersion) -> None:
+    assert policy.tensors is not None
+    engine.stage(policy.version, tensors_of(policy.tensors))
+    prove(engine, policy.canaries)
+
+
+def prove(engine: Engine, canaries: Sequence[CanaryProbe]) -> None:
+    """Raises IntegrityError unless the staged weights give the canaries' log-probs."""
+    if not any(canary.logprobs for canary in canaries):
+        raise IntegrityError("the version has no canary to prove it by")
+    for canary in canaries:
+        if not all(0 <= token < engine.limits.vocab_size for token in canary.token_ids):
+            raise IntegrityError("a canary's tokens are not in the model's vocabulary")
+        scored = engine.score(canary.token_ids)
+        gaps = [abs(ours - theirs) for ours, theirs in zip(scored, canary.logprobs, strict=True)]
+        # Written so that a NaN fails too.
+        if not all(gap <= CANARY_TOLERANCE for gap in gaps):
+            raise IntegrityError(
+                f"a canary's log-probs are off by {max(gaps):.3g}, at most {CANARY_TOLERANCE} is right"
+            )

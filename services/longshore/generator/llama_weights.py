@@ -1,0 +1,138 @@
+"""The weights of a Llama model as the slot decoder wants them: float32, projections that share an input in one matrix.
+
+Knows how published tensors are named and laid out; knows nothing of slots, caches or versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from longshore.errors import IntegrityError
+from longshore.generator.llama_config import LlamaShape
+
+if TYPE_CHECKING:
+    from longshore.weights.client import Tensor as PublishedTensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block's weights."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    out: Tensor
+    post_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class LlamaWeights:
+    """A whole model, independent of the tensors that it was made from."""
+
+    embedding: Tensor
+    layers: tuple[Layer, ...]
+    final_norm: Tensor
+    head: Tensor
+
+
+def tensors_of(received: Iterable[PublishedTensor]) -> dict[str, Tensor]:
+    """Published tensors by name, as torch tensors over copies of their bytes.
+
+    Raises:
+        IntegrityError: a tensor's dtype is unknown, or its bytes do not fill its shape.
+    """
+    tensors = {}
+    for item in received:
+        dtype = DTYPES.get(item.dtype)
+        if dtype is None:
+            raise IntegrityError(f"tensor {item.name}: dtype {item.dtype!r} is none of {', '.join(DTYPES)}")
+        try:
+            # bytearray: torch wants memory that could be written to.
+            tensors[item.name] = torch.frombuffer(bytearray(item.data), dtype=dtype).reshape(item.shape)
+        except (RuntimeError, ValueError):
+            raise IntegrityError(f"tensor {item.name}: {len(item.data)} bytes do not fill {item.shape}") from None
+    return tensors
+
+
+def build_weights(shape: LlamaShape, tensors: Mapping[str, Tensor]) -> LlamaWeights:
+    """Widens to float32 and stacks.
+
+    Raises:
+        IntegrityError: tensors are missing, of another shape, or more than the model has.
+    """
+    _check(expected_shapes(shape), tensors)
+    embedding = _joined(tensors[EMBEDDING])
+    layers = tuple(_layer(tensors, f"model.layers.{index}.") for index in range(shape.num_layers))
+    head = embedding if shape.tie_embeddings else _joined(tensors[HEAD])
+    return LlamaWeights(embedding, layers, _joined(tensors[FINAL_NORM]), head)
+
+
+def expected_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the model."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    q_rows, kv_rows = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    expected: dict[str, tuple[int, ...]] = {EMBEDDING: (shape.vocab_size, hidden), FINAL_NORM: (hidden,)}
+    for index in range(shape.num_layers):
+        prefix = f"model.layers.{index}."
+        expected |= {
+            prefix + "input_layernorm.weight": (hidden,),
+            prefix + "self_attn.q_proj.weight": (q_rows, hidden),
+            prefix + "self_attn.k_proj.weight": (kv_rows, hidden),
+            prefix + "self_attn.v_proj.weight": (kv_rows, hidden),
+            prefix + "self_attn.o_proj.weight": (hidden, q_rows),
+            prefix + "post_attention_layernorm.weight": (hidden,),
+            prefix + "mlp.gate_proj.weight": (inner, hidden),
+            prefix + "mlp.up_proj.weight": (inner, hidden),
+            prefix + "mlp.down_proj.weight": (hidden, inner),
+        }
+    if not shape.tie_embeddings:
+        expected[HEAD] = (shape.vocab_size, hidden)
+    return expected
+
+
+def _check(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    missing = sorted(expected.keys() - tensors.keys())
+    # With tied embeddings some checkpoints hold the head as well; it is the embedding again.
+    extra = sorted(tensors.keys() - expected.keys() - {HEAD})
+    wrong = [
+        f"{name} is {tuple(tensors[name].shape)}, not {wanted}"
+        for name, wanted in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != wanted
+    ]
+    for what, names in (("missing", missing), ("unknown", extra), ("wrong shape", wrong)):
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise IntegrityError(f"the tensors do not fit the model's config.json: {what}: {shown}")
+
+
+def _layer(tensors: Mapping[str, Tensor], prefix: str) -> Layer:
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    return Layer(
+        input_norm=_joined(tensors[prefix + "input_layernorm.weight"]),
+        qkv=_joined(*(tensors[f"{attention}{name}_proj.weight"] for name in "qkv")),
+        out=_joined(tensors[attention + "o_proj.weight"]),
+        post_norm=_joined(tensors[prefix + "post_attention_layernorm.weight"]),
+        gate_up=_joined(*(tensors[f"{mlp}{name}_proj.weight"] for name in ("gate", "up"))),
+        down=_joined(tensors[mlp + "down_proj.weight"]),
+    )
+
+
+def _joined(*parts: Tensor) -> Tensor:
+    """The parts' rows in one float32 tensor of its own memory."""
+    target = torch.empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), dtype=torch.float32)
+    start = 0
+    for part in parts:
+        target[start : start + part.shape[0]].copy_(part.detach())
+        start += part.shape[0]
+    return target

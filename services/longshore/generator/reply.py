@@ -1,0 +1,66 @@
+"""One request in the engine: what it still may draw, and the tokens that no event has told of yet.
+
+Knows nothing of slots' contents, threads or torch.
+"""
+
+from __future__ import annotations
+
+from longshore.generator.engine import EngineRequest, TokensDrawn
+from longshore.types import FinishReason, KvMark
+
+# An event is due when it holds this many tokens, or when its first one is this old. Every event costs a message and
+# a wake-up on both sides, and nobody trains on part of a reply: short replies should be one event.
+FLUSH_TOKENS = 32
+FLUSH_S = 0.5
+
+
+class Reply:
+    """A request that holds a slot, from its admission under `version` on."""
+
+    def __init__(self, request: EngineRequest, slot: int, version: int, context: int) -> None:
+        self.request = request
+        self.slot = slot
+        self._version = version
+        # None until the first swap: then the oldest version that the cache holds keys and values of.
+        self._carried_since: int | None = None
+        self._left = min(request.sampling.max_new_tokens, context - len(request.token_ids))
+        self._stop = frozenset(request.sampling.stop_token_ids)
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._flush_at = 0.0
+
+    def add(self, token: int, logprob: float, now: float) -> TokensDrawn | None:
+        """Takes one drawn token; the event that is due, if one is."""
+        if not self._token_ids:
+            self._flush_at = now + FLUSH_S
+        self._token_ids.append(token)
+        self._logprobs.append(logprob)
+        self._left -= 1
+        if token in self._stop:
+            return self._event(FinishReason.STOP)
+        if self._left == 0:
+            return self._event(FinishReason.LENGTH)
+        if len(self._token_ids) >= FLUSH_TOKENS or now >= self._flush_at:
+            return self._event(None)
+        return None
+
+    def swapped(self, version: int) -> TokensDrawn | None:
+        """Goes on under another version with the cache as it is; the event of the old version's tokens, if any."""
+        event = self._event(None) if self._token_ids else None
+        oldest = self._version if self._carried_since is None else self._carried_since
+        self._carried_since = min(oldest, version)
+        self._version = version
+        return event
+
+    def _event(self, finish: FinishReason | None) -> TokensDrawn:
+        event = TokensDrawn(
+            request_id=self.request.request_id,
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            version=self._version,
+            kv=KvMark.RECOMPUTED if self._carried_since is None else KvMark.CARRIED,
+            kv_min_version=self._carried_since,
+            finish=finish,
+        )
+        self._token_ids, self._logprobs = [], []
+        return event

@@ -1,0 +1,140 @@
+"""Who waits, who holds a slot, and which version may answer whom. Pure logic: no torch, no thread, no clock of its own.
+
+Requests are admitted in the order in which they came, except that one that waits for a newer version lets others pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from longshore.generator.engine import EngineRequest, Failure, RequestFailed, TokensDrawn
+from longshore.generator.reply import Reply
+
+# Prompt tokens that are computed between two decode steps, beyond which admission waits for the next turn: running
+# requests stand still meanwhile. One prompt is always taken.
+PREFILL_TOKENS = 8192
+
+
+class Scheduler:
+    """The requests of one engine with `slots` slots, each for prompt and reply of up to `context` tokens."""
+
+    def __init__(self, slots: int, context: int) -> None:
+        # The resident version; None until the first swap.
+        self.version: int | None = None
+        # The version of a swap that waits for requests which only the resident version may answer.
+        self.next_version: int | None = None
+        self._context = context
+        self._free = list(range(slots - 1, -1, -1))
+        self._running: dict[int, Reply] = {}
+        self._waiting: dict[str, EngineRequest] = {}
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def add(self, request: EngineRequest) -> RequestFailed | None:
+        """Queues a request, or says why its version can no longer be served."""
+        if _outdated(request, self.version) or self._holds_swap(request):
+            return _version_failure(request, self.version if self.next_version is None else self.next_version)
+        self._waiting[request.request_id] = request
+        return None
+
+    def drop(self, request_id: str) -> int | None:
+        """Forgets a request; returns the slot that it held, free from now on."""
+        self._waiting.pop(request_id, None)
+        held = [slot for slot, reply in self._running.items() if reply.request.request_id == request_id]
+        self._end(held)
+        return held[0] if held else None
+
+    def admit(self) -> list[Reply]:
+        """Gives free slots to waiting requests that the resident version may answer."""
+        if self.version is None:
+            return []
+        admitted: list[Reply] = []
+        tokens = 0
+        for request in self._waiting.values():
+            if len(admitted) == len(self._free) or (admitted and tokens + len(request.token_ids) > PREFILL_TOKENS):
+                break
+            if _accepts(request, self.version):
+                tokens += len(request.token_ids)
+                slot = self._free[-1 - len(admitted)]
+                admitted.append(Reply(request, slot, self.version, self._context))
+        for reply in admitted:
+            self._free.pop()
+            del self._waiting[reply.request.request_id]
+            self._running[reply.slot] = reply
+        return admitted
+
+    def drawn(self, slot: int, token: int, logprob: float, now: float) -> TokensDrawn | None:
+        """Takes the token that a slot drew; returns the event that is due. One with `finish` frees the slot."""
+        event = self._running[slot].add(token, logprob, now)
+        if event is not None and event.finish is not None:
+            self._end([slot])
+        return event
+
+    def expire(self, now: float) -> tuple[list[RequestFailed], list[int]]:
+        """Ends requests whose deadline has passed; their last events and the slots that they held."""
+        late = [request for request in self._waiting.values() if request.deadline <= now]
+        slots = [slot for slot, reply in self._running.items() if reply.request.deadline <= now]
+        failures = [_deadline_failure(request) for request in late]
+        failures += [_deadline_failure(self._running[slot].request) for slot in slots]
+        for request in late:
+            del self._waiting[request.request_id]
+        self._end(slots)
+        return failures, slots
+
+    @property
+    def swap_is_held(self) -> bool:
+        """Whether a request in flight accepts the resident version and not the next one."""
+        running = (reply.request for reply in self._running.values())
+        return any(map(self._holds_swap, running)) or any(map(self._holds_swap, self._waiting.values()))
+
+    def swapped(self) -> tuple[list[TokensDrawn], list[RequestFailed]]:
+        """Makes the next version the resident one; nothing may hold the swap.
+
+        Returns the events of tokens that the old version drew, and the failures of waiting requests that ask for
+        older versions alone.
+        """
+        assert self.next_version is not None
+        assert not self.swap_is_held
+        self.version, self.next_version = self.next_version, None
+        events = [reply.swapped(self.version) for reply in self._running.values()]
+        outdated = [request for request in self._waiting.values() if _outdated(request, self.version)]
+        for request in outdated:
+            del self._waiting[request.request_id]
+        failures = [_version_failure(request, self.version) for request in outdated]
+        return [event for event in events if event is not None], failures
+
+    def _holds_swap(self, request: EngineRequest) -> bool:
+        if self.version is None or self.next_version is None:
+            return False
+        return _accepts(request, self.version) and not _accepts(request, self.next_version)
+
+    def _end(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            del self._running[slot]
+            self._free.append(slot)
+
+
+def _accepts(request: EngineRequest, version: int) -> bool:
+    low, high = request.version.min_version, request.version.max_version
+    return (low is None or low <= version) and (high is None or version <= high)
+
+
+def _outdated(request: EngineRequest, version: int | None) -> bool:
+    high = request.version.max_version
+    return version is not None and high is not None and high < version
+
+
+def _version_failure(request: EngineRequest, version: int | None) -> RequestFailed:
+    low, high = request.version.min_version, request.version.max_version
+    message = f"version {version} is served; the request accepts {low}..{high}"
+    return RequestFailed(request.request_id, Failure.VERSION, message)
+
+
+def _deadline_failure(request: EngineRequest) -> RequestFailed:
+    return RequestFailed(request.request_id, Failure.DEADLINE, "the deadline passed before the reply was finished")

@@ -1,0 +1,271 @@
+"""The generator process: Generate over gRPC, drawn by one engine that follows the job's newest policy version."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+import torch
+
+from longshore.errors import Rejected, Unavailable
+from longshore.generator import metrics
+from longshore.generator.config import GeneratorSettings
+from longshore.generator.engine import (
+    Engine,
+    EngineEvent,
+    EngineRequest,
+    Failure,
+    QueueFull,
+    RequestFailed,
+    TokensDrawn,
+)
+from longshore.generator.follower import Follower
+from longshore.generator.llama_config import read_config
+from longshore.generator.torch_slots import SlotOptions, TorchSlotsEngine
+from longshore.proto.v1 import generator_pb2, generator_pb2_grpc, rollout_pb2
+from longshore.rpc import convert
+from longshore.rpc.convert_rollout import engine_to_proto
+from longshore.rpc.process import run_process
+from longshore.rpc.server import RpcServer, rpc_method, rpc_stream
+from longshore.settings import JobFile
+from longshore.types import JobRef, VersionConstraint
+from longshore.weights.client import WeightsClient
+
+SERVICE = "longshore.proto.v1.GeneratorService"
+
+_CODES = {
+    Failure.VERSION: grpc.StatusCode.FAILED_PRECONDITION,
+    Failure.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+log = structlog.get_logger()
+
+
+class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
+    """Translates Generate for the engine and the engine's events for the callers. Lives on the running event loop."""
+
+    def __init__(self, job: JobRef, max_request_s: float) -> None:
+        # None until the first version is proven.
+        self.engine: Engine | None = None
+        self._job = job
+        self._labels = (job.project, job.job)
+        self._max_request_s = max_request_s
+        self._loop = asyncio.get_running_loop()
+        # A caller's id may come again while the engine still ends the request before it: the engine gets our own ids.
+        self._serials = itertools.count()
+        self._calls: dict[str, _Call] = {}
+        self._names: set[str] = set()
+
+    def deliver(self, events: Sequence[EngineEvent]) -> None:
+        """Takes the engine's events, on the engine's thread."""
+        self._loop.call_soon_threadsafe(self._dispatch, events)
+
+    def _dispatch(self, events: Sequence[EngineEvent]) -> None:
+        for event in events:
+            call = self._calls.get(event.request_id)
+            if call is not None:
+                call.events.put_nowait(event)
+
+    @rpc_stream
+    async def Generate(  # noqa: N802 - the name is the contract's
+        self, request: generator_pb2.GenerateRequest, context: _Context
+    ) -> AsyncIterator[generator_pb2.GenerateResponse]:
+        engine = self.engine
+        if engine is None:
+            raise Unavailable("no policy version has been proven yet")
+        wanted = self._request(request, context)
+        if request.request_id in self._names:
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"request {request.request_id!r} is running")
+        try:
+            engine.submit(wanted)
+        except QueueFull as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        call = self._open(engine, wanted.request_id, request.request_id, context)
+        first = True
+        while True:
+            event = await call.events.get()
+            if isinstance(event, RequestFailed):
+                call.outcome = event.failure.value
+                await context.abort(_CODES[event.failure], event.message)
+                return
+            if event.finish is not None:
+                call.outcome = event.finish.value
+            response = _response(event)
+            if first:
+                response.engine.CopyFrom(engine_to_proto(engine.fingerprint))
+                first = False
+            yield response
+            if event.finish is not None:
+                return
+
+    @rpc_method
+    async def GetStatus(  # noqa: N802 - the name is the contract's
+        self, request: generator_pb2.GetStatusRequest, context: _Context
+    ) -> generator_pb2.GetStatusResponse:
+        self._check_job(request.job)
+        if self.engine is None:
+            return generator_pb2.GetStatusResponse()
+        status = self.engine.status()
+        return generator_pb2.GetStatusResponse(
+            policy_version=status.version,
+            running_requests=status.running,
+            waiting_requests=status.waiting,
+            max_running_requests=self.engine.limits.slots,
+            kv_used_ratio=status.kv_used_ratio,
+            engine=engine_to_proto(self.engine.fingerprint),
+        )
+
+    def _open(self, engine: Engine, engine_id: str, name: str, context: _Context) -> _Call:
+        call = _Call()
+        self._calls[engine_id] = call
+        self._names.add(name)
+
+        def close(_: _Context) -> None:
+            # However the call ended: the engine ignores ids that it has finished.
+            engine.abort(engine_id)
+            del self._calls[engine_id]
+            self._names.remove(name)
+            metrics.REPLIES.labels(*self._labels, call.outcome).inc()
+
+        context.add_done_callback(close)  # type: ignore[arg-type] # the stub asks for a class, not a callable
+        return call
+
+    def _request(self, request: generator_pb2.GenerateRequest, context: _Context) -> EngineRequest:
+        self._check_job(request.job)
+        if not request.request_id:
+            raise Rejected("malformed", "request_id must not be empty")
+        if request.attachments:
+            raise Rejected("attachments", "this engine takes token ids alone")
+        left = context.time_remaining()
+        seconds = self._max_request_s if left is None else min(left, self._max_request_s)
+        version = convert.version_from_proto(request.version) if request.HasField("version") else VersionConstraint()
+        return EngineRequest(
+            request_id=str(next(self._serials)),
+            token_ids=tuple(request.token_ids),
+            sampling=convert.sampling_from_proto(request.sampling),
+            deadline=time.monotonic() + seconds,
+            version=version,
+        )
+
+    def _check_job(self, job: Any) -> None:
+        if convert.job_from_proto(job) != self._job:
+            raise Rejected("job", f"this generator serves {self._job}")
+
+
+class _Call:
+    """One Generate call: what the engine said that the caller has not been sent yet, and how it ended."""
+
+    def __init__(self) -> None:
+        # Bounded by the tokens of one reply.
+        self.events: asyncio.Queue[EngineEvent] = asyncio.Queue()
+        self.outcome = "aborted"
+
+
+def _response(event: TokensDrawn) -> generator_pb2.GenerateResponse:
+    return generator_pb2.GenerateResponse(
+        token_ids=event.token_ids,
+        logprobs=event.logprobs,
+        policy_version=event.version,
+        kv=convert.KV[event.kv],
+        kv_min_version=event.kv_min_version,
+        finish=rollout_pb2.FINISH_REASON_UNSPECIFIED if event.finish is None else convert.FINISH[event.finish],
+    )
+
+
+class _EngineHost:
+    """Makes the process's engine when the follower asks for it, and tells when its thread has ended."""
+
+    def __init__(self, settings: GeneratorSettings, job: JobFile, service: GeneratorService) -> None:
+        self._settings = settings
+        self._job = job
+        self._service = service
+        self._loop = asyncio.get_running_loop()
+        self._engine: TorchSlotsEngine | None = None
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+
+    def make(self, config: bytes) -> Engine:
+        """Called on a worker thread. Raises ConfigError when the engine cannot run the model."""
+        engine = TorchSlotsEngine(
+            read_config(config), self._options(), self._service.deliver, metrics.EngineMetrics(self._job.ref)
+        )
+        self._engine = engine
+        engine.ended.add_done_callback(lambda ended: self._loop.call_soon_threadsafe(self._end, ended.exception()))
+        log.info("engine made", engine=engine.fingerprint.engine, config=engine.fingerprint.config_digest)
+        if engine.limits.context < engine.shape.max_position_embeddings:
+            log.warning("the cache bounds the context", tokens=engine.limits.context)
+        return engine
+
+    async def close(self) -> None:
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close)
+
+    def _end(self, error: BaseException | None) -> None:
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
+
+    def _options(self) -> SlotOptions:
+        spec, settings = self._job.spec, self._settings
+        # Two generators of one job must not draw the same tokens.
+        seed = hashlib.sha256(f"{spec.seed}/{settings.name}".encode()).digest()
+        return SlotOptions(
+            slots=spec.resources.generator_slots,
+            max_waiting=settings.max_waiting,
+            cache_bytes=settings.cache_mb * 1024 * 1024,
+            seed=int.from_bytes(seed[:7], "big"),
+        )
+
+
+async def serve(settings: GeneratorSettings, stop: asyncio.Event) -> None:
+    """Runs until `stop`, then lets running replies finish. Raises what ended the engine or the follower."""
+    job = settings.load_job()
+    torch.set_num_threads(job.spec.resources.threads)
+    server = RpcServer(settings.listen)
+    service = GeneratorService(job.ref, settings.max_request_s)
+    generator_pb2_grpc.add_GeneratorServiceServicer_to_server(service, server.server)
+    client = WeightsClient(settings.weights, job.ref, bytes.fromhex(job.learner_public_key))
+    host = _EngineHost(settings, job, service)
+
+    async def on_version(engine: Engine) -> None:
+        if service.engine is None:
+            service.engine = engine
+            await server.set_serving(SERVICE, True)
+
+    await server.start()
+    try:
+        await _first_to_end(stop, Follower(client, host.make, on_version, job.ref), host.ended)
+    finally:
+        await client.close()
+        # Without its engine no reply will finish.
+        await server.drain(settings.drain_s if stop.is_set() else 0.0)
+        await host.close()
+
+
+async def _first_to_end(stop: asyncio.Event, follower: Follower, engine_ended: asyncio.Future[None]) -> None:
+    """Returns when told to stop; raises what the follower or the engine ended with (law 9)."""
+    stopped, following = asyncio.create_task(stop.wait()), asyncio.create_task(follower.run())
+    try:
+        await asyncio.wait((stopped, following, engine_ended), return_when=asyncio.FIRST_COMPLETED)
+        for ended in (following, engine_ended):
+            if ended.done():
+                ended.result()
+        if not stopped.done():
+            raise Unavailable("the follower or the engine ended by itself")
+    finally:
+        stopped.cancel()
+        following.cancel()
+        await asyncio.gather(stopped, following, return_exceptions=True)
+
+
+def main() -> int:
+    """Entry of `longshore serve generator`."""
+    return run_process("generator", GeneratorSettings.from_environment(), serve)

@@ -1,0 +1,282 @@
+"""The engine for small Llama models: a slot decoder, a scheduler, and the thread that turns them.
+
+Each turn of the loop: take what came in, end what is late, swap if nothing holds the swap, prefill the admitted, draw
+one token for every slot, and emit the events of all that in one call. Everything but `_inbox`, `_live` and the
+staged weights belongs to the thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+import longshore
+from longshore.errors import ConfigError, Unavailable
+from longshore.generator import llama_forward
+from longshore.generator.engine import (
+    Emit,
+    EngineEvent,
+    EngineLimits,
+    EngineRequest,
+    EngineStatus,
+    QueueFull,
+    RequestFailed,
+    check_request,
+)
+from longshore.generator.llama_config import LlamaShape
+from longshore.generator.llama_weights import LlamaWeights, build_weights
+from longshore.generator.metrics import EngineMetrics
+from longshore.generator.scheduler import Scheduler
+from longshore.generator.slot_decoder import SlotDecoder, cache_bytes_per_token
+from longshore.types import EngineFingerprint
+
+# Deadlines are kept to within this, in seconds.
+SWEEP_S = 0.05
+# How long an idle engine sleeps at most; whatever comes in wakes it.
+IDLE_S = 5.0
+CLOSE_S = 60.0
+MIN_CONTEXT = 8
+
+
+@dataclass(frozen=True)
+class SlotOptions:
+    """How wide an engine is."""
+
+    slots: int
+    max_waiting: int
+    # Most memory of the KV cache.
+    cache_bytes: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Staged:
+    version: int
+    weights: LlamaWeights
+
+
+class TorchSlotsEngine:
+    """See engine.Engine. The context is the model's, or as much of it as `cache_bytes` gives every slot."""
+
+    def __init__(self, shape: LlamaShape, options: SlotOptions, emit: Emit, metrics: EngineMetrics) -> None:
+        """Starts the thread. Raises ConfigError when the cache is too small to decode in."""
+        context = _context(shape, options)
+        self.shape = shape
+        self.limits = EngineLimits(shape.vocab_size, context, options.slots, options.max_waiting)
+        self.fingerprint = EngineFingerprint("torch-slots", longshore.__version__, "float32", f"cpu-{shape.digest}")
+        self.ended: Future[None] = Future()
+        self._emit = emit
+        self._metrics = metrics
+        self._decoder = SlotDecoder(shape, options.slots, context, options.seed)
+        self._scheduler = Scheduler(options.slots, context)
+        self._staged: _Staged | None = None
+        self._next: _Staged | None = None
+        self._swap_done: Future[None] = Future()
+        self._swap_done.set_result(None)
+        self._wake = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._live: set[str] = set()
+        self._closing = False
+        self._events: list[EngineEvent] = []
+        self._next_sweep = 0.0
+        self._status = EngineStatus(None, 0, 0, 0.0)
+        self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
+        self._thread.start()
+
+    # -- called on any thread
+
+    def submit(self, request: EngineRequest) -> None:
+        check_request(request, self.limits)
+        with self._wake:
+            if request.request_id in self._live:
+                raise ValueError(f"request id {request.request_id!r} is in use")
+            if len(self._live) >= self.limits.slots + self.limits.max_waiting:
+                raise QueueFull(f"{self.limits.max_waiting} requests wait already")
+            self._post(partial(self._add, request))
+            self._live.add(request.request_id)
+
+    def abort(self, request_id: str) -> None:
+        with self._wake:
+            if request_id in self._live and not self._closing:
+                self._post(partial(self._drop, request_id))
+
+    def stage(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._staged = _Staged(version, build_weights(self.shape, tensors))
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        assert self._staged is not None, "stage a version first"
+        return llama_forward.score(self.shape, self._staged.weights, token_ids)
+
+    def swap(self) -> Future[None]:
+        assert self._staged is not None, "stage a version first"
+        staged, self._staged = self._staged, None
+        with self._wake:
+            assert self._swap_done.done(), "one swap at a time"
+            self._post(partial(self._begin_swap, staged))
+            self._swap_done = Future()
+            return self._swap_done
+
+    def status(self) -> EngineStatus:
+        return self._status
+
+    def close(self) -> None:
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(CLOSE_S)
+
+    def _post(self, act: Callable[[], None]) -> None:
+        if self._closing:
+            raise Unavailable("the engine has been closed")
+        self._inbox.append(act)
+        self._wake.notify()
+
+    # -- the thread
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            while self._turn():
+                pass
+        except BaseException as caught:  # noqa: BLE001 - a thread's end: `ended` carries it to whoever ends the process
+            error = caught
+        with self._wake:
+            self._closing = True
+            self._inbox.clear()
+            if not self._swap_done.done():
+                self._swap_done.set_exception(Unavailable("the engine ended before the swap"))
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
+
+    def _turn(self) -> bool:
+        """One turn of the loop; False when the engine is to end."""
+        acts = self._take()
+        if acts is None:
+            return False
+        for act in acts:
+            act()
+        self._sweep()
+        self._try_swap()
+        self._prefill()
+        if self._scheduler.num_running:
+            self._decode()
+        self._report()
+        return True
+
+    def _take(self) -> list[Callable[[], None]] | None:
+        """What came in; sleeps for it while there is nothing to decode. None: closing."""
+        with self._wake:
+            # A swap whose last holder has just ended must not sleep until something comes in.
+            if not (self._inbox or self._closing or self._scheduler.num_running or self._next):
+                # Only waiting requests have deadlines to watch.
+                self._wake.wait(SWEEP_S if self._scheduler.num_waiting else IDLE_S)
+            if self._closing:
+                return None
+            acts = list(self._inbox)
+            self._inbox.clear()
+            return acts
+
+    def _add(self, request: EngineRequest) -> None:
+        failure = self._scheduler.add(request)
+        if failure is not None:
+            self._events.append(failure)
+
+    def _drop(self, request_id: str) -> None:
+        slot = self._scheduler.drop(request_id)
+        if slot is not None:
+            self._decoder.release([slot])
+        self._forget([request_id])
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        if now < self._next_sweep:
+            return
+        self._next_sweep = now + SWEEP_S
+        failures, slots = self._scheduler.expire(now)
+        self._events += failures
+        if slots:
+            self._decoder.release(slots)
+
+    def _begin_swap(self, staged: _Staged) -> None:
+        self._next = staged
+        self._scheduler.next_version = staged.version
+
+    def _try_swap(self) -> None:
+        if self._next is None or self._scheduler.swap_is_held:
+            return
+        staged, self._next = self._next, None
+        events, failures = self._scheduler.swapped()
+        self._events += [*events, *failures]
+        self._decoder.weights = staged.weights
+        self._metrics.version.set(staged.version)
+        # Whoever waits for the swap may ask for the status at once.
+        self._set_status()
+        self._swap_done.set_result(None)
+
+    def _prefill(self) -> None:
+        admitted = self._scheduler.admit()
+        if not admitted:
+            return
+        with self._metrics.prefill_seconds.time():
+            self._decoder.prefill(
+                [reply.slot for reply in admitted],
+                [reply.request.token_ids for reply in admitted],
+                [reply.request.sampling.temperature for reply in admitted],
+            )
+
+    def _decode(self) -> None:
+        with self._metrics.decode_seconds.time():
+            step = self._decoder.decode()
+        now = time.monotonic()
+        ended = []
+        for slot, token, logprob in zip(step.slots, step.tokens, step.logprobs, strict=True):
+            event = self._scheduler.drawn(slot, token, logprob, now)
+            if event is not None:
+                self._events.append(event)
+                if event.finish is not None:
+                    ended.append(slot)
+        if ended:
+            self._decoder.release(ended)
+        self._metrics.tokens.inc(len(step.slots))
+
+    def _report(self) -> None:
+        """Emits the turn's events and brings the status up to date."""
+        self._set_status()
+        if not self._events:
+            return
+        events, self._events = self._events, []
+        self._forget(
+            event.request_id for event in events if isinstance(event, RequestFailed) or event.finish is not None
+        )
+        self._emit(events)
+
+    def _set_status(self) -> None:
+        running, waiting = self._scheduler.num_running, self._scheduler.num_waiting
+        self._metrics.running.set(running)
+        self._metrics.waiting.set(waiting)
+        used = self._decoder.num_cached / (self.limits.slots * self.limits.context)
+        self._status = EngineStatus(self._scheduler.version, running, waiting, used)
+
+    def _forget(self, request_ids: Iterable[str]) -> None:
+        with self._wake:
+            self._live.difference_update(request_ids)
+
+
+def _context(shape: LlamaShape, options: SlotOptions) -> int:
+    fits = options.cache_bytes // (options.slots * cache_bytes_per_token(shape))
+    context = min(fits, shape.max_position_embeddings)
+    if context < min(MIN_CONTEXT, shape.max_position_embeddings):
+        raise ConfigError(
+            f"a KV cache of {options.cache_bytes} bytes gives each of {options.slots} slots only {fits} tokens: raise "
+            "LONGSHORE_CACHE_MB or lower resources.generator_slots"
+        )
+    return context

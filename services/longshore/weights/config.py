@@ -1,0 +1,15 @@
+"""What the weight store is told at its start."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from longshore.settings import ProcessSettings
+
+
+class WeightsSettings(ProcessSettings):
+    """One process serves the versions of every job; no two may write to one store at a time."""
+
+    store_url: str = Field(
+        min_length=1, description="a folder, or the URL of an object store: s3://bucket/prefix, gs://, az://, file://"
+    )

@@ -1,0 +1,25 @@
+"""What the weight store counts."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+PUBLISHES = Counter(
+    "longshore_weights_publishes_total",
+    "Publishes by result: published, existed, fenced, conflict, refused, failed",
+    ["project", "job", "result"],
+)
+PUBLISH_SECONDS = Histogram(
+    "longshore_weights_publish_seconds",
+    "Checking and storing a payload that was received",
+    ["project", "job"],
+    buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+)
+RECEIVED_BYTES = Counter("longshore_weights_received_bytes_total", "Payload bytes received", ["project", "job"])
+SENT_BYTES = Counter("longshore_weights_sent_bytes_total", "Payload and asset bytes sent", ["project", "job"])
+HEAD_VERSION = Gauge("longshore_weights_head_version", "Version that `head` names", ["project", "job"])
+WATCHERS = Gauge("longshore_weights_watchers", "Open Watch streams", ["project", "job"])
+REMOVED_OBJECTS = Counter(
+    "longshore_weights_removed_objects_total", "Objects that retention removed", ["project", "job"]
+)
+RETENTION_FAILURES = Counter("longshore_weights_retention_failures_total", "Retention runs that failed")

@@ -1,0 +1,236 @@
+"""Any sequence of what learners and actors can do keeps the ledger's equation, and delivers no ticket twice.
+
+A model of a few lines says what each call must answer; the real broker has to agree, and to hold what the model holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from longshore.errors import Fenced
+from longshore.rollout_queue import broker
+from longshore.rollout_queue.rollouts import Delivery, End
+from longshore.rollout_queue.tickets import Claim
+
+MAX_ATTEMPTS = 3
+ACTORS = st.sampled_from(["actor-0", "actor-1", "actor-2"])
+FINAL = {"attempts_exhausted", "too_long", "trained", "zero_variance", "rejected", "cancelled"}
+
+
+@dataclass
+class Model:
+    """What the broker should know of one ticket."""
+
+    state: str = "queued"
+    attempt: int = 0
+    tries: int = 0
+    payload: bytes = b""
+    history: list[str] = field(default_factory=list)
+
+    def to(self, state: str) -> None:
+        self.history.append(state)
+        self.state = state
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Rules are calls; `claims` holds every claim ever made, stale ones above all."""
+
+    # Set by the test.
+    url = ""
+    make_bench: type
+    claims = Bundle("claims")
+    deliveries = Bundle("deliveries")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.client = broker.connect(self.url)
+        self.bench = self.make_bench(self.client, max_attempts=MAX_ATTEMPTS)
+        self.models: dict[str, Model] = {}
+        self.epoch = 0
+        self.next_group = 0
+        # Ticket keys of the rollouts that the learner has been given.
+        self.seen: list[str] = []
+
+    def teardown(self) -> None:
+        self.run(broker.forget_job(self.client, self.bench.job))
+        self.run(self.client.aclose())
+        self.runner.close()
+
+    def run(self, coroutine):
+        return self.runner.run(coroutine)
+
+    def holds(self, claim: Claim) -> bool:
+        model = self.models[claim.ticket.ref.key]
+        return model.state == "running" and model.attempt == claim.attempt
+
+    @initialize()
+    def setup(self) -> None:
+        self.run(self.bench.tickets.setup())
+        self.epoch = self.run(self.bench.tickets.open_epoch())
+
+    # -- learner -----------------------------------------------------------------------------------------------------
+
+    @rule(size=st.integers(1, 4))
+    def issue(self, size: int) -> None:
+        new = [self.bench.ticket(self.next_group, index) for index in range(size)]
+        self.next_group += 1
+        known = [self.bench.ticket(*map(int, key.split("."))) for key, m in self.models.items() if m.state not in FINAL]
+        assert self.run(self.bench.tickets.issue(self.epoch, known + new)) == size
+        self.models |= {ticket.ref.key: Model() for ticket in new}
+
+    @rule()
+    def restart_learner(self) -> None:
+        self.epoch = self.run(self.bench.tickets.open_epoch())
+
+    @rule(behind=st.integers(1, 3))
+    def old_learner(self, behind: int) -> None:
+        old = max(0, self.epoch - behind)
+        for call in (
+            self.bench.tickets.issue(old, [self.bench.ticket(999, 0)]),
+            self.bench.tickets.close(old, "cancelled"),
+            self.bench.rollouts.acknowledge(old, [End(None, key, "trained") for key in (*self.models, "999.0")]),
+        ):
+            with pytest.raises(Fenced):
+                self.run(call)
+
+    @rule(target=deliveries, again=st.booleans())
+    def read(self, again: bool):
+        if again:
+            found = self.run(self.bench.rollouts.read_pending())
+        else:
+            found = self.run(self.bench.rollouts.read(3, 0))
+            self.seen += [item.ticket_key for item in found if item.payload is not None]
+        for item in found:
+            model = self.models[item.ticket_key]
+            assert item.attempt == model.attempt
+            if item.payload is None:
+                assert model.state == item.final_reason
+            else:
+                assert (model.state, item.payload) == ("delivered", model.payload)
+        return multiple(*found)
+
+    @rule(delivery=deliveries, outcome=st.sampled_from(["trained", "zero_variance"]))
+    def acknowledge(self, delivery: Delivery, outcome: str) -> None:
+        end = End(delivery.entry_id, delivery.ticket_key, delivery.final_reason or outcome)
+        self.run(self.bench.rollouts.acknowledge(self.epoch, [end]))
+        if self.models[delivery.ticket_key].state == "delivered":
+            self.models[delivery.ticket_key].to(outcome)
+
+    @rule(delivery=consumes(deliveries))
+    def dead_letter(self, delivery: Delivery) -> None:
+        if delivery.payload is None:
+            return
+        self.run(self.bench.rollouts.dead_letter(self.epoch, delivery, "schema", "model"))
+        if self.models[delivery.ticket_key].state == "delivered":
+            self.models[delivery.ticket_key].to("rejected")
+
+    @hypothesis.stateful.precondition(lambda self: self.next_group > 3)
+    @rule()
+    def close(self) -> None:
+        live = [model for model in self.models.values() if model.state not in FINAL]
+        expected = {state: sum(m.state == state for m in live) for state in ("queued", "running", "delivered")}
+        assert self.run(self.bench.tickets.close(self.epoch, "cancelled")) == expected
+        for model in live:
+            model.to("cancelled")
+
+    # -- actors ------------------------------------------------------------------------------------------------------
+
+    def started(self, found: list[Claim]):
+        for claim in found:
+            model = self.models[claim.ticket.ref.key]
+            assert model.state in ("queued", "running")
+            assert claim.attempt == model.attempt + 1
+            model.attempt, model.tries = claim.attempt, model.tries + 1
+            assert model.tries <= MAX_ATTEMPTS
+            model.to("running")
+        return multiple(*found)
+
+    @rule(target=claims, actor=ACTORS, count=st.integers(1, 4))
+    def claim(self, actor: str, count: int):
+        queued = sum(model.state == "queued" for model in self.models.values())
+        found = self.run(self.bench.tickets.claim(actor, count, 0))
+        assert len(found) == min(count, queued)
+        return self.started(found)
+
+    @rule(target=claims, actor=ACTORS)
+    def take_over(self, actor: str):
+        running = {key: model for key, model in self.models.items() if model.state == "running"}
+        found = self.run(self.bench.tickets.take_over(actor, 1000, 0))
+        expected = {key for key, model in running.items() if model.tries < MAX_ATTEMPTS}
+        assert {claim.ticket.ref.key for claim in found} == expected
+        for key in running.keys() - expected:
+            running[key].to("attempts_exhausted")
+        return self.started(found)
+
+    @rule(actor=ACTORS, held=st.lists(claims, max_size=4, unique_by=lambda claim: claim.fence))
+    def renew(self, actor: str, held: list[Claim]) -> None:
+        assert self.run(self.bench.tickets.renew(actor, held)) == [claim for claim in held if not self.holds(claim)]
+
+    @rule(claim=claims, content=st.sampled_from([b"a", b"b"]))
+    def deliver(self, claim: Claim, content: bytes) -> None:
+        model = self.models[claim.ticket.ref.key]
+        repeat = model.state == "delivered" and model.payload == content
+        if not self.holds(claim) and not repeat:
+            with pytest.raises(Fenced):
+                self.run(self.bench.rollouts.deliver(claim, content))
+            return
+        assert self.run(self.bench.rollouts.deliver(claim, content)) is not repeat
+        if not repeat:
+            model.payload = content
+            model.to("delivered")
+
+    @rule(claim=claims, drain=st.booleans())
+    def give_back(self, claim: Claim, drain: bool) -> None:
+        held = self.holds(claim)
+        self.run(self.bench.tickets.give_back(claim, "drain" if drain else "failed"))
+        if held:
+            model = self.models[claim.ticket.ref.key]
+            model.tries -= drain
+            model.to("attempts_exhausted" if model.tries >= MAX_ATTEMPTS else "queued")
+
+    @rule(claim=claims)
+    def reject(self, claim: Claim) -> None:
+        held = self.holds(claim)
+        self.run(self.bench.tickets.reject(claim, "too_long", ""))
+        if held:
+            self.models[claim.ticket.ref.key].to("too_long")
+
+    # -- what must hold ----------------------------------------------------------------------------------------------
+
+    @invariant()
+    def the_broker_agrees(self) -> None:
+        # `states` checks issued = sum of states, and hashes and streams against the counts.
+        counted = self.run(self.bench.states())
+        expected: dict[str, int] = {}
+        for model in self.models.values():
+            expected[model.state] = expected.get(model.state, 0) + 1
+        assert counted == expected
+
+    @invariant()
+    def each_ticket_is_delivered_at_most_once(self) -> None:
+        assert len(self.seen) == len(set(self.seen))
+        assert all(model.history.count("delivered") <= 1 for model in self.models.values())
+        entries = self.run(self.client.xrange(self.bench.keys.rollouts))
+        waiting = [fields[b"key"].decode() for _, fields in entries if b"payload" in fields]
+        assert sorted(waiting) == sorted(key for key, model in self.models.items() if model.state == "delivered")
+
+
+def test_any_sequence_of_calls_keeps_the_ledger(broker_url, make_bench):
+    QueueMachine.url = broker_url
+    QueueMachine.make_bench = make_bench
+    hypothesis.stateful.run_state_machine_as_test(
+        QueueMachine,
+        settings=hypothesis.settings(
+            max_examples=30,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        ),
+    )

@@ -1,0 +1,385 @@
+"""The generator process over gRPC, following the real weight store."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import time
+import urllib.request
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from processes import Service
+from tiny_llama import VOCABULARY, canary_logprobs, config_json, published, reference_logprobs, tiny_model
+from transformers import LlamaForCausalLM
+
+from longshore.errors import ConfigError
+from longshore.generator.config import GeneratorSettings
+from longshore.generator.service import serve
+from longshore.generator.slot_decoder import SlotDecoder
+from longshore.proto.v1 import generator_pb2, generator_pb2_grpc, job_pb2, rollout_pb2, sampling_pb2, ticket_pb2
+from longshore.settings import JobFile
+from longshore.signing import SigningKey
+from longshore.types import JobRef
+from longshore.weights.client import CanaryProbe, VersionDraft, WeightsClient
+
+SERVICE = "longshore.proto.v1.GeneratorService"
+WAIT_S = 30.0
+SLOTS = 4
+CONTEXT = 2048
+# Takes seconds to draw: time enough for things to happen under a stream.
+LONG = 1500
+# A version that nobody publishes: who asks for it waits.
+NEVER = 10**6
+CANARY = (1, 2, 3, 4)
+PROMPT = (3, 4, 5)
+Code = grpc.StatusCode
+
+
+class Store:
+    """A job's weight store and its learner's part: a key, and models to publish."""
+
+    def __init__(self, folder: Path, weights: str) -> None:
+        self.folder = folder
+        self.weights = weights
+        self.job = JobRef("default", f"job-{uuid.uuid4().hex[:8]}")
+        self.key = SigningKey.generate()
+        self.models: dict[int, LlamaForCausalLM] = {}
+        spec = {
+            "name": self.job.job,
+            "tasks": {"source": "jsonl"},
+            "verifier": {"name": "exact-match"},
+            "train": {"steps": 1},
+            "resources": {"generator_slots": SLOTS},
+        }
+        job_file = JobFile.model_validate(
+            {"project": "default", "job": self.job.job, "spec": spec, "learner_public_key": self.key.public_key.hex()}
+        )
+        self.job_file = folder / f"{self.job.job}.json"
+        self.job_file.write_text(job_file.model_dump_json())
+
+    async def publish(self, *, canary: tuple[float, ...] | None = None, architecture: str = "LlamaForCausalLM") -> int:
+        """Publishes the next version: other weights than every one before."""
+        version = len(self.models)
+        model = self.models[version] = tiny_model(version, context=CONTEXT)
+        model.config.architectures = [architecture]
+        tensors = published(model, torch.bfloat16)
+        probe = CanaryProbe(CANARY, canary or canary_logprobs(model, CANARY))
+        draft = VersionDraft(version, version, 1, None, (probe,), time.time())
+        client = WeightsClient(self.weights, self.job, self.key.public_key)
+        try:
+            await client.register_key(keep=8)
+            await client.publish(self.key, draft, tensors, {"config.json": config_json(model)})
+        finally:
+            await client.close()
+        return version
+
+
+class Caller:
+    """A client of the generator; built-in retries are off so that every status is seen."""
+
+    def __init__(self, job: JobRef, address: str) -> None:
+        self.job = job_pb2.JobRef(project=job.project, job=job.job)
+        self.channel = grpc.aio.insecure_channel(address, options=[("grpc.enable_retries", 0)])
+        self.stub = generator_pb2_grpc.GeneratorServiceStub(self.channel)
+
+    def request(
+        self,
+        prompt: tuple[int, ...] = PROMPT,
+        *,
+        tokens: int = 6,
+        name: str | None = None,
+        version: tuple[int | None, int | None] | None = None,
+        **sampling: object,
+    ) -> generator_pb2.GenerateRequest:
+        parameters = {"temperature": 1.0, "max_new_tokens": tokens, **sampling}
+        bounds = ticket_pb2.VersionConstraint(min_version=version[0], max_version=version[1]) if version else None
+        return generator_pb2.GenerateRequest(
+            job=self.job,
+            request_id=uuid.uuid4().hex if name is None else name,
+            token_ids=prompt,
+            sampling=sampling_pb2.SamplingParams(**parameters),  # type: ignore[arg-type]
+            version=bounds,
+        )
+
+    def start(self, *args: object, timeout: float = WAIT_S, **options: object) -> grpc.aio.UnaryStreamCall:
+        return self.stub.Generate(self.request(*args, **options), timeout=timeout)  # type: ignore[arg-type, return-value]
+
+    async def reply(self, *args: object, **options: object) -> list[generator_pb2.GenerateResponse]:
+        return [event async for event in self.start(*args, **options)]
+
+    async def status(self) -> generator_pb2.GetStatusResponse:
+        return await self.stub.GetStatus(generator_pb2.GetStatusRequest(job=self.job), timeout=WAIT_S)
+
+    async def refusal(self, request: generator_pb2.GenerateRequest, timeout: float = WAIT_S) -> Code:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in self.stub.Generate(request, timeout=timeout):
+                pass
+        return caught.value.code()
+
+    async def until(self, condition: Callable[[generator_pb2.GetStatusResponse], bool]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not condition(await self.status()):  # noqa: ASYNC110 - another process
+                await asyncio.sleep(0.01)
+
+
+def tokens_of(events: list[generator_pb2.GenerateResponse]) -> list[int]:
+    return [token for event in events for token in event.token_ids]
+
+
+class Site:
+    """A weight store process, and a generator process that follows a job on it. Lasts for all tests of this file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store_process = Service("weights", folder, store_url=(folder / "store").as_uri()).start()
+        self.store = Store(folder, self.store_process.address)
+        settings = {"job_file": self.store.job_file, "weights": self.store.weights}
+        self.generator = Service("generator", folder, **settings, max_waiting=4, drain_s=WAIT_S).start()
+
+    async def ready(self) -> None:
+        """A test may run alone, or after one that ended the processes: whatever is missing is started."""
+        for service in (self.store_process, self.generator):
+            assert service.process is not None
+            if service.process.poll() is not None:
+                service.start()
+        if not self.store.models:
+            await self.store.publish()
+        await asyncio.to_thread(self.generator.wait_serving, SERVICE)
+
+    def metric(self, name: str) -> float:
+        with urllib.request.urlopen(f"http://{self.generator.metrics_address}/metrics", timeout=WAIT_S) as page:
+            found = re.search(rf"^{name}{{[^}}]*}} (\S+)$", page.read().decode(), re.M)
+        return float(found[1]) if found else 0.0
+
+    def stop(self) -> None:
+        self.generator.stop()
+        self.store_process.stop()
+
+
+@pytest.fixture(scope="module")
+def whole_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    site = Site(tmp_path_factory.mktemp("generator"))
+    try:
+        yield site
+    finally:
+        site.stop()
+
+
+@pytest.fixture
+async def site(whole_site: Site) -> Site:
+    await whole_site.ready()
+    return whole_site
+
+
+@pytest.fixture
+async def caller(site: Site) -> AsyncIterator[Caller]:
+    caller = Caller(site.store.job, site.generator.address)
+    yield caller
+    await caller.channel.close()
+
+
+async def test_a_short_reply_is_one_message_with_all_that_it_needs(site: Site, caller: Caller) -> None:
+    (event,) = await caller.reply(temperature=0.7)
+    assert len(event.token_ids) == 6
+    assert (event.kv, event.HasField("kv_min_version")) == (rollout_pb2.KV_MARK_RECOMPUTED, False)
+    assert event.finish == rollout_pb2.FINISH_REASON_LENGTH
+    assert (event.engine.engine, event.engine.dtype) == ("torch-slots", "float32")
+    expected = reference_logprobs(site.store.models[event.policy_version], PROMPT, list(event.token_ids), 0.7)
+    torch.testing.assert_close(torch.tensor(list(event.logprobs)), expected, atol=1e-4, rtol=0)
+
+
+async def test_a_stop_token_ends_the_reply(caller: Caller) -> None:
+    events = await caller.reply(tokens=LONG, stop_token_ids=list(range(0, VOCABULARY, 2)))
+    assert events[-1].finish == rollout_pb2.FINISH_REASON_STOP
+    assert tokens_of(events)[-1] % 2 == 0
+
+
+async def test_many_callers_at_once_are_all_answered(caller: Caller) -> None:
+    # Slots and waiting places together.
+    replies = await asyncio.gather(*(caller.reply((1 + number,)) for number in range(SLOTS + 4)))
+    assert [len(tokens_of(events)) for events in replies] == [6] * (SLOTS + 4)
+
+
+async def test_bad_requests_are_refused_and_good_ones_answered_after(caller: Caller) -> None:
+    foreign, truncated, attached = caller.request(), caller.request(), caller.request()
+    foreign.job.job = "another"
+    truncated.sampling.top_k = 5
+    attached.attachments.add()
+    bad = [
+        caller.request(()),
+        caller.request((1, VOCABULARY)),
+        caller.request((1,) * CONTEXT),
+        caller.request(tokens=0),
+        caller.request(temperature=0.0),
+        caller.request(temperature=float("nan")),
+        caller.request(temperature=1e-30),
+        caller.request(name=""),
+        caller.request(version=(3, 2)),
+        foreign,
+        truncated,
+        attached,
+    ]
+    assert [await caller.refusal(request) for request in bad] == [Code.INVALID_ARGUMENT] * len(bad)
+    assert len(tokens_of(await caller.reply())) == 6
+
+
+async def test_an_id_that_is_running_is_refused(caller: Caller) -> None:
+    waiting = asyncio.create_task(caller.reply(name="twice", version=(NEVER, None)))
+    await caller.until(lambda status: status.waiting_requests == 1)
+    assert await caller.refusal(caller.request(name="twice")) is Code.ALREADY_EXISTS
+    waiting.cancel()
+    await caller.until(lambda status: status.waiting_requests == 0)
+    assert len(tokens_of(await caller.reply(name="twice"))) == 6
+
+
+async def test_a_full_queue_refuses(caller: Caller) -> None:
+    waiting = [asyncio.create_task(caller.reply(version=(NEVER, None))) for _ in range(SLOTS + 4)]
+    await caller.until(lambda status: status.waiting_requests == SLOTS + 4)
+    assert await caller.refusal(caller.request()) is Code.RESOURCE_EXHAUSTED
+    for task in waiting:
+        task.cancel()
+    await caller.until(lambda status: status.waiting_requests == 0)
+
+
+async def test_a_deadline_ends_a_wait(caller: Caller) -> None:
+    assert await caller.refusal(caller.request(version=(NEVER, None)), timeout=0.2) is Code.DEADLINE_EXCEEDED
+    await caller.until(lambda status: status.waiting_requests == 0)
+
+
+async def test_a_deadline_ends_a_running_reply(caller: Caller) -> None:
+    assert await caller.refusal(caller.request((1,), tokens=LONG), timeout=0.2) is Code.DEADLINE_EXCEEDED
+    await caller.until(lambda status: status.running_requests == 0)
+
+
+async def test_callers_that_go_away_in_mid_stream_leave_nothing_behind(site: Site, caller: Caller) -> None:
+    for _ in range(5):
+        calls = [caller.start((1,), tokens=LONG) for _ in range(SLOTS)]
+        await calls[0].read()
+        for call in calls:
+            call.cancel()
+    # A whole connection that vanishes, its requests running and waiting.
+    other = Caller(site.store.job, site.generator.address)
+    calls = [other.start((1,), tokens=LONG) for _ in range(SLOTS + 2)]
+    await calls[0].read()
+    await other.channel.close()
+    await caller.until(lambda status: status.running_requests == status.waiting_requests == 0)
+    assert len(tokens_of(await caller.reply())) == 6
+
+
+async def test_metrics_count_tokens(site: Site, caller: Caller) -> None:
+    await caller.until(lambda status: status.running_requests == 0)
+    before = site.metric("longshore_generator_tokens_total")
+    await caller.reply()
+    assert site.metric("longshore_generator_tokens_total") == before + 6
+    assert site.metric("longshore_generator_decode_step_seconds_count") >= 6
+    assert site.metric("longshore_generator_swap_seconds_count") >= 1
+
+
+async def test_a_swap_while_streaming_gives_two_spans(site: Site, caller: Caller) -> None:
+    old = (await caller.status()).policy_version
+    stream = aiter(caller.start((1,), tokens=LONG))
+    events = [await anext(stream)]
+    new = await site.store.publish()
+    events += [event async for event in stream]
+    spans = list(dict.fromkeys((event.policy_version, event.kv, event.kv_min_version) for event in events))
+    assert spans == [(old, rollout_pb2.KV_MARK_RECOMPUTED, 0), (new, rollout_pb2.KV_MARK_CARRIED, old)]
+    assert await caller.refusal(caller.request(version=(old, old))) is Code.FAILED_PRECONDITION
+
+
+async def test_a_version_that_fails_its_canary_is_not_served(site: Site, caller: Caller) -> None:
+    old = (await caller.status()).policy_version
+    await site.store.publish(canary=(-0.1, -0.2, -0.3))
+    async with asyncio.timeout(WAIT_S):
+        while site.metric("longshore_generator_refused_versions_total") == 0:  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.05)
+    assert (await caller.reply())[0].policy_version == old
+    new = await site.store.publish()
+    await caller.until(lambda status: status.policy_version == new)
+
+
+async def test_survives_the_death_of_the_store_and_its_own(site: Site, caller: Caller) -> None:
+    newest = (await caller.status()).policy_version
+    site.store_process.kill()
+    assert len(tokens_of(await caller.reply())) == 6
+    site.generator.kill()
+    assert await caller.refusal(caller.request()) is Code.UNAVAILABLE
+    # The generator comes back first and has to wait for the store.
+    site.generator.start()
+    await asyncio.to_thread(site.generator.wait_serving)
+    assert await caller.refusal(caller.request()) is Code.UNAVAILABLE
+    site.store_process.start()
+    await asyncio.to_thread(site.generator.wait_serving, SERVICE)
+    assert (await caller.reply())[0].policy_version == newest
+    new = await site.store.publish()
+    await caller.until(lambda status: status.policy_version == new)
+
+
+async def test_sigterm_lets_running_replies_finish_and_refuses_new_ones(site: Site, caller: Caller) -> None:
+    stream = aiter(caller.start((1,), tokens=LONG))
+    drawn = len((await anext(stream)).token_ids)
+    assert site.generator.process is not None
+    site.generator.process.send_signal(signal.SIGTERM)
+    async for event in stream:
+        drawn += len(event.token_ids)
+    assert (drawn, event.finish) == (LONG, rollout_pb2.FINISH_REASON_LENGTH)
+    assert await caller.refusal(caller.request()) is Code.UNAVAILABLE
+    assert await asyncio.to_thread(site.generator.wait, WAIT_S) == 0
+
+
+async def test_nothing_is_served_before_a_version_is_proven(site: Site, tmp_path: Path) -> None:
+    """In this process, on a job of its own."""
+    store, address = Store(tmp_path, site.store.weights), f"unix:{tmp_path}/generator.sock"
+    stop = asyncio.Event()
+    serving = asyncio.create_task(serve(settings(store, address), stop))
+    caller = Caller(store.job, address)
+    assert not (await caller.status()).HasField("policy_version")
+    assert await caller.refusal(caller.request()) is Code.UNAVAILABLE
+    health = health_pb2_grpc.HealthStub(caller.channel)
+    watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=WAIT_S)
+    assert (await watch.read()).status != health_pb2.HealthCheckResponse.SERVING
+    await store.publish()
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    assert len(tokens_of(await caller.reply())) == 6
+    watch.cancel()
+    stop.set()
+    await asyncio.wait_for(serving, WAIT_S)
+    await caller.channel.close()
+
+
+async def test_an_unknown_model_ends_the_process(site: Site, tmp_path: Path) -> None:
+    store = Store(tmp_path, site.store.weights)
+    await store.publish(architecture="MambaForCausalLM")
+    with pytest.raises(ConfigError, match="decodes LlamaForCausalLM alone; this model is MambaForCausalLM"):
+        await asyncio.wait_for(serve(settings(store, f"unix:{tmp_path}/generator.sock"), asyncio.Event()), WAIT_S)
+
+
+async def test_a_decode_thread_that_dies_ends_the_process(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, address = Store(tmp_path, site.store.weights), f"unix:{tmp_path}/generator.sock"
+    await store.publish()
+    serving = asyncio.create_task(serve(settings(store, address), asyncio.Event()))
+    caller = Caller(store.job, address)
+    await caller.until(lambda status: status.HasField("policy_version"))
+
+    def fail(decoder: SlotDecoder) -> None:
+        raise RuntimeError("the decoder is broken")
+
+    monkeypatch.setattr(SlotDecoder, "decode", fail)
+    call = caller.start()
+    with pytest.raises(RuntimeError, match="the decoder is broken"):
+        await asyncio.wait_for(serving, WAIT_S)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await call.read()
+    await caller.channel.close()
+
+
+def settings(store: Store, address: str) -> GeneratorSettings:
+    return GeneratorSettings(listen=address, job_file=store.job_file, weights=store.weights)

@@ -1,0 +1,245 @@
+"""The learner process over the real broker and the real weight store, fed by a simulated site.
+
+The site's rollouts depend on the tickets alone, so a learner that was killed must end with the same weights, bit for
+bit, as one that was not.
+"""
+
+import asyncio
+import contextlib
+import json
+import signal
+
+import pytest
+from processes import Service
+from redis.asyncio import Redis
+from simulated_site import SimulatedSite
+
+from longshore.rollout_queue import broker
+from longshore.rollout_queue.ledger import Ledger
+from longshore.settings import JobFile
+from longshore.signing import SigningKey
+from longshore.types import JobRef
+from longshore.weights.client import WeightsClient
+
+STEPS = 40
+
+
+def spec(name: str, **train: object) -> dict[str, object]:
+    return {
+        "name": name,
+        "model": {
+            "kind": "new",
+            "hidden_size": 32,
+            "layers": 1,
+            "heads": 2,
+            "kv_heads": 2,
+            "intermediate_size": 64,
+            "max_context": 48,
+        },
+        "tasks": {"source": "reasoning-gym", "dataset": "spell_backward", "options": {"max_word_len": 5}},
+        "verifier": {"name": "reasoning-gym"},
+        "warm_start": {"steps": 5, "batch_size": 4},
+        "train": {
+            "steps": STEPS,
+            "groups_per_step": 4,
+            "group_size": 4,
+            "checkpoint_every": 7,
+            "target_staleness": 1,
+            **train,
+        },
+        "evaluation": {"tasks": 6},
+        "weights": {"dtype": "float32", "keep": 4},
+    }
+
+
+class Bench:
+    """A broker, a weight store, a simulated site and one job's learner."""
+
+    def __init__(self, folder, private_broker, name, **train) -> None:
+        self.folder = folder
+        self.broker = private_broker
+        self.job = JobRef("default", name)
+        self.key = SigningKey.create(folder / "learner.key")
+        self.run_dir = folder / "run"
+        self.run_dir.mkdir()
+        job_file = JobFile(
+            project="default", job=name, spec=spec(name, **train), learner_public_key=self.key.public_key.hex()
+        )
+        (folder / "job.json").write_text(job_file.model_dump_json())
+        self.weights = Service("weights", folder, store_url=folder / "store").start()
+        self.learner = Service(
+            "learner",
+            folder,
+            job_file=folder / "job.json",
+            broker_url=private_broker.url,
+            weights=self.weights.address,
+            run_dir=self.run_dir,
+            signing_key_file=folder / "learner.key",
+        )
+        self.site = SimulatedSite(private_broker.url, self.job)
+
+    @contextlib.asynccontextmanager
+    async def running(self):
+        self.weights.wait_serving()
+        client = WeightsClient(self.weights.address, self.job, self.key.public_key)
+        await client.register_key(keep=4)
+        await client.close()
+        answering = asyncio.create_task(self.site.run())
+        self.learner.start()
+        try:
+            yield self
+        finally:
+            answering.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await answering
+            await self.site.close()
+            self.learner.stop()
+            self.weights.stop()
+
+    async def until_step(self, step: int) -> None:
+        async def reached() -> None:
+            path = self.run_dir / "metrics.jsonl"
+            while not path.exists() or len(path.read_text().splitlines()) < step:
+                assert self.learner.process.poll() is None, self.learner.tail()
+                await asyncio.sleep(0.02)
+
+        await asyncio.wait_for(reached(), 90)
+
+    async def finished(self) -> dict[str, object]:
+        code = await asyncio.to_thread(self.learner.wait, 120)
+        assert code == 0, self.learner.tail()
+        return json.loads((self.run_dir / "summary.json").read_text())
+
+    def weights_bytes(self) -> bytes:
+        return (self.run_dir / "checkpoint" / "model.safetensors").read_bytes()
+
+    def steps(self) -> list[int]:
+        return [int(json.loads(line)["step"]) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    async def broker_counts(self):
+        client = broker.connect(self.broker.url)
+        try:
+            return await Ledger(client, self.job).counts()
+        finally:
+            await client.aclose()
+
+
+@pytest.fixture
+def make_bench(tmp_path, private_broker):
+    def make(name: str, **train: object) -> Bench:
+        folder = tmp_path / name
+        folder.mkdir()
+        return Bench(folder, private_broker, name, **train)
+
+    return make
+
+
+def check_accounts(summary, counts) -> None:
+    accounted = summary["rollouts_accounted"]
+    assert summary["rollouts_issued"] == summary["rollouts_trained"] + sum(accounted.values())
+    assert accounted["evaluation"] == 12
+    # Exactly what the steps need was issued: nothing is left over.
+    assert summary["rollouts_issued"] == STEPS * 16 + 12
+    assert summary["rollouts_trained"] > STEPS * 8
+    assert counts.balanced
+    live = ("queued", "running", "delivered")
+    assert not any(counts.states.get(state) for state in live), counts
+
+
+async def test_a_job_runs_to_its_summary_and_its_accounts_balance(make_bench):
+    bench = make_bench("plain")
+    async with bench.running():
+        summary = await bench.finished()
+    assert summary["state"] == "succeeded"
+    assert summary["steps"] == summary["policy_version"] == STEPS
+    assert bench.steps() == list(range(1, STEPS + 1))
+    check_accounts(summary, await bench.broker_counts())
+    assert (bench.run_dir / "reward.png").stat().st_size > 10_000
+    # The summary's counts are the broker's too.
+    counts = await bench.broker_counts()
+    assert counts.states["trained"] == summary["rollouts_trained"]
+
+
+async def test_a_learner_killed_twice_ends_with_the_same_bits(make_bench):
+    calm, killed = make_bench("calm"), make_bench("killed")
+    # Keys carry no job, so both jobs get the same rollouts.
+    async with calm.running():
+        await calm.finished()
+    async with killed.running():
+        for step in (5, 17):
+            await killed.until_step(step)
+            killed.learner.kill()
+            killed.learner.start()
+        summary = await killed.finished()
+    assert killed.steps() == list(range(1, STEPS + 1))
+    check_accounts(summary, await killed.broker_counts())
+    # Replayed steps found their versions published already: no number was used twice or skipped.
+    assert summary["policy_version"] == STEPS
+    assert killed.weights_bytes() == calm.weights_bytes()
+
+
+async def test_each_rollout_is_used_once_in_the_surviving_history(make_bench):
+    bench = make_bench("uses")
+    async with bench.running():
+        await bench.until_step(10)
+        bench.learner.kill()
+        bench.learner.start()
+        await bench.finished()
+    records = [json.loads(line) for line in (bench.run_dir / "learner" / "batches.jsonl").read_text().splitlines()]
+    last = {record["step"]: record for record in records}
+    uses = [tuple(use) for step in sorted(last) for use in last[step]["uses"]]
+    assert len(uses) == len(set(uses)) == STEPS * 16
+
+
+async def test_a_broker_killed_twice_loses_nothing(make_bench):
+    bench = make_bench("broker")
+    async with bench.running():
+        for step in (4, 12):
+            await bench.until_step(step)
+            bench.broker.kill()
+            await asyncio.sleep(0.5)
+            bench.broker.start()
+        summary = await bench.finished()
+    check_accounts(summary, await bench.broker_counts())
+
+
+async def test_a_store_that_restarts_is_waited_for(make_bench):
+    bench = make_bench("store")
+    async with bench.running():
+        await bench.until_step(4)
+        bench.weights.kill()
+        await asyncio.sleep(0.5)
+        bench.weights.start()
+        summary = await bench.finished()
+    assert summary["policy_version"] == STEPS
+
+
+async def test_cancel_accounts_for_what_is_out(make_bench, redis: Redis):
+    from longshore.rollout_queue.channel import JobChannel
+
+    bench = make_bench("cancel", steps=100_000)
+    async with bench.running():
+        await bench.until_step(3)
+        client = broker.connect(bench.broker.url)
+        await JobChannel(client, bench.job).command("cancel")
+        await client.aclose()
+        summary = await bench.finished()
+    assert summary["state"] == "cancelled"
+    accounted = summary["rollouts_accounted"]
+    assert accounted["cancelled"] > 0
+    assert summary["rollouts_issued"] == summary["rollouts_trained"] + sum(accounted.values())
+    assert (await bench.broker_counts()).balanced
+
+
+async def test_sigterm_leaves_a_checkpoint_and_the_job_goes_on(make_bench):
+    bench = make_bench("drain")
+    async with bench.running():
+        await bench.until_step(4)
+        bench.learner.process.send_signal(signal.SIGTERM)
+        assert bench.learner.wait(30) == 1
+        before = max(bench.steps())
+        newest = max((bench.run_dir / "learner" / "checkpoints").glob("checkpoint_*"))
+        assert json.loads((newest / "manifest.json").read_text())["step"] >= before
+        bench.learner.start()
+        summary = await bench.finished()
+    assert summary["steps"] == STEPS

@@ -1,0 +1,169 @@
+"""A gateway in the test's own process: real HTTP, SQLite and broker, and a launcher that is a fake at the edge."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+from redis.asyncio import Redis
+
+from longshore.client import ApiClient
+from longshore.errors import Fault
+from longshore.gateway.app import Api
+from longshore.gateway.driver import Parts
+from longshore.gateway.http_server import serve_http
+from longshore.gateway.jobs import Jobs
+from longshore.gateway.reconcile import Reconciler
+from longshore.gateway.states import JobState
+from longshore.gateway.store import Job, JobStore
+from longshore.gateway.units import Units
+from longshore.launcher.spec import ProcessSpec, ProcessState, ProcessStatus, Ready, ReadyKind, UnitState, UnitStatus
+from longshore.rollout_queue import broker
+from longshore.rollout_queue.channel import JobChannel
+from longshore.types import JobRef
+
+KEY = "sesame"
+DEADLINE_S = 20.0
+PROCESSES = ("learner", "actor-0")
+
+
+class FakeLauncher:
+    """Keeps units in memory; the test says what becomes of them."""
+
+    def __init__(self) -> None:
+        self.units: dict[str, UnitStatus] = {}
+        self.applied: list[str] = []
+        self.removed: list[str] = []
+        self.refuses: Exception | None = None
+        self._changed = asyncio.Event()
+
+    async def apply(self, unit: str, specs: Sequence[ProcessSpec]) -> None:
+        if self.refuses is not None:
+            raise self.refuses
+        self.applied.append(unit)
+        if unit not in self.units:
+            states = tuple(ProcessStatus(spec.name, ProcessState.STARTING, 1, 0, None, "x.log") for spec in specs)
+            self.set(UnitStatus(unit, UnitState.RUNNING, "", states))
+
+    async def remove(self, unit: str, reason: str) -> None:
+        self.removed.append(unit)
+        self.units.pop(unit, None)
+        self._tell()
+
+    async def watch(self) -> AsyncIterator[dict[str, UnitStatus]]:
+        while True:
+            changed = self._changed
+            yield dict(self.units)
+            await changed.wait()
+
+    def set(self, status: UnitStatus) -> None:
+        self.units[status.unit] = status
+        self._tell()
+
+    def becomes(self, unit: str, state: UnitState, message: str = "") -> None:
+        self.set(replace(self.units[unit], state=state, message=message))
+
+    def process(self, unit: str, state: ProcessState, **more: int) -> None:
+        """Sets every process of a unit."""
+        states = tuple(replace(process, state=state, **more) for process in self.units[unit].processes)
+        self.set(replace(self.units[unit], processes=states))
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+class GatewayBench:
+    """A gateway in this process that can be stopped and started again on its database and launcher."""
+
+    def __init__(self, folder: Path, redis: Redis) -> None:
+        self.folder = folder
+        self.redis = redis
+        self.launcher = FakeLauncher()
+        self.faults: list[Fault] = []
+        self.prepared: list[str] = []
+        self.jobs_since = 0.0
+        self.store: JobStore
+        self.url = ""
+
+    async def start(self) -> None:
+        self._stop = asyncio.Event()
+        self.store = JobStore(f"sqlite+aiosqlite:///{self.folder / 'jobs.db'}")
+        await self.store.open()
+        api = Api(Jobs(self.store, lambda spec: self.faults), self.folder / "runs", KEY, self._stop)
+        self._reconciling = asyncio.create_task(Reconciler(self._parts(), self.jobs_since).run(self._stop))
+        listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def on_listening(address: str) -> None:
+            listening.set_result(address)
+
+        listen = self.url.removeprefix("http://") or "127.0.0.1:0"
+        self._serving = asyncio.create_task(serve_http(api.app(), listen, 1.0, self._stop, on_listening))
+        self.url = f"http://{await listening}"
+
+    async def stop(self) -> None:
+        self._stop.set()
+        await asyncio.gather(self._serving, self._reconciling)
+        await self.store.close()
+
+    def _parts(self) -> Parts:
+        async def prepare(job: Job) -> Sequence[ProcessSpec]:
+            self.prepared.append(job.id)
+            ready = Ready(ReadyKind.GRPC, "x")
+            return [ProcessSpec(name, name, ("x",), {}, Path("x.log"), ready) for name in PROCESSES]
+
+        return Parts(
+            store=self.store,
+            launcher=self.launcher,
+            units=Units(self.launcher),
+            prepare=prepare,
+            channel=lambda job: self.channel(job.id),
+            forget=lambda job: broker.forget_job(self.redis, JobRef("default", job.id)),
+        )
+
+    def channel(self, job_id: str) -> JobChannel:
+        return JobChannel(self.redis, JobRef("default", job_id))
+
+    def http(self, key: str | None = KEY) -> httpx.AsyncClient:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=DEADLINE_S, trust_env=False)
+
+    async def submit(self) -> str:
+        async with ApiClient(self.url, KEY) as client:
+            job = await client.submit(document())
+        return str(job["id"])
+
+    async def until(self, condition: Callable[[], Awaitable[bool]]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not await condition():  # noqa: ASYNC110 - what is waited for is in a database
+                await asyncio.sleep(0.02)
+
+    async def until_state(self, job_id: str, state: str) -> Job:
+        async def reached() -> bool:
+            return (await self.store.get(job_id)).state is JobState(state)
+
+        await self.until(reached)
+        return await self.store.get(job_id)
+
+    async def running(self) -> str:
+        """A job all of whose processes are ready."""
+        job_id = await self.submit()
+        await self.until_state(job_id, "starting")
+        self.launcher.process(job_id, ProcessState.READY)
+        await self.until_state(job_id, "running")
+        return job_id
+
+
+def document(**more: object) -> dict[str, object]:
+    name = f"t-{uuid.uuid4().hex[:6]}"
+    parts = {"tasks": {"source": "jsonl"}, "verifier": {"name": "exact-match"}, "train": {"steps": 3}}
+    return {"name": name, **parts, **more}
+
+
+async def all_events(bench: GatewayBench, job_id: str) -> list[dict[str, object]]:
+    async with ApiClient(bench.url, KEY) as client, asyncio.timeout(DEADLINE_S):
+        return [event async for event in client.events(job_id)]

@@ -1,0 +1,219 @@
+"""Following the head: proofs, refusals, retries, skipping. The source is a fake; the engine is the real one."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+from tiny_llama import canary_logprobs, config_json, published, tiny_model
+
+from longshore.errors import ConfigError, Unavailable
+from longshore.generator import follower as follower_module
+from longshore.generator.engine import Engine
+from longshore.generator.follower import Follower
+from longshore.generator.llama_config import read_config
+from longshore.generator.metrics import REFUSED, EngineMetrics
+from longshore.generator.torch_slots import SlotOptions, TorchSlotsEngine
+from longshore.types import JobRef
+from longshore.weights.client import CanaryProbe, PolicyVersion
+
+JOB = JobRef("default", "follower")
+WAIT_S = 20.0
+CANARY = (1, 2, 3, 4)
+ASSETS = "a" * 64
+
+
+class Store:
+    """An in-memory weight store: what it holds is what a verified fetch gives."""
+
+    def __init__(self) -> None:
+        self.versions: dict[int, PolicyVersion] = {}
+        self.bundles = {ASSETS: {"config.json": config_json(tiny_model(0))}}
+        self.fetched: list[int] = []
+        self.failures = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._heads: asyncio.Queue[int] = asyncio.Queue()
+
+    def publish(self, version: int, *, head: bool = True, **changes: object) -> None:
+        model = tiny_model(version)
+        tensors = published(model)
+        made = PolicyVersion(
+            version=version,
+            train_step=version,
+            learner_epoch=1,
+            assets_sha256=ASSETS,
+            layout_sha256="",
+            checksum="",
+            canaries=(CanaryProbe(CANARY, canary_logprobs(model, CANARY)),),
+            tensors=tensors,
+        )
+        self.versions[version] = dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+        if head:
+            self._heads.put_nowait(version)
+
+    async def watch_head(self) -> AsyncIterator[int]:
+        while True:
+            yield await self._heads.get()
+
+    async def fetch(self, version: int) -> PolicyVersion:
+        self.fetched.append(version)
+        await self.gate.wait()
+        if self.failures:
+            self.failures -= 1
+            raise Unavailable("the store is away")
+        return self.versions[version]
+
+    async def assets(self, sha256: str) -> dict[str, bytes]:
+        return self.bundles[sha256]
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.store = Store()
+        self.engine: Engine | None = None
+        self.serving: list[int | None] = []
+        self.follower = Follower(self.store, self._make, self._on_version, JOB)
+        self.task = asyncio.create_task(self.follower.run())
+
+    def _make(self, config: bytes) -> Engine:
+        options = SlotOptions(slots=2, max_waiting=4, cache_bytes=1 << 20, seed=0)
+        self.engine = TorchSlotsEngine(read_config(config), options, lambda events: None, EngineMetrics(JOB))
+        return self.engine
+
+    async def _on_version(self, engine: Engine) -> None:
+        self.serving.append(engine.status().version)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not condition():
+                if self.task.done():
+                    self.task.result()
+                await asyncio.sleep(0.002)
+
+
+@pytest.fixture
+async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+    monkeypatch.setattr(follower_module, "FIRST_PAUSE_S", 0.01)
+    bench = Bench()
+    yield bench
+    bench.task.cancel()
+    await asyncio.gather(bench.task, return_exceptions=True)
+    if bench.engine is not None:
+        bench.engine.close()
+
+
+@pytest.fixture(autouse=True)
+def _clear_refusals() -> Iterator[None]:
+    yield
+    REFUSED.clear()
+
+
+def refusals(reason: str) -> float:
+    return REFUSED.labels(JOB.project, JOB.job, reason)._value.get()
+
+
+async def test_serves_the_first_version_and_every_one_that_follows(bench: Bench) -> None:
+    for version in (0, 1, 2):
+        bench.store.publish(version)
+        await bench.until(lambda version=version: bench.serving[-1:] == [version])  # type: ignore[misc]
+    assert bench.serving == [0, 1, 2]
+    assert bench.engine is not None
+
+
+async def test_goes_to_the_newest_and_skips_what_lies_between(bench: Bench) -> None:
+    bench.store.gate.clear()
+    bench.store.publish(0)
+    await bench.until(lambda: bench.store.fetched == [0])
+    for version in (1, 2, 3):
+        bench.store.publish(version)
+    await asyncio.sleep(0.01)
+    bench.store.gate.set()
+    await bench.until(lambda: bench.serving[-1:] == [3])
+    assert bench.serving == [0, 3]
+
+
+async def test_follows_a_head_that_is_set_back(bench: Bench) -> None:
+    for version in (4, 2):
+        bench.store.publish(version)
+        await bench.until(lambda version=version: bench.serving[-1:] == [version])  # type: ignore[misc]
+
+
+def wrong(values: tuple[float, ...], by: float) -> tuple[CanaryProbe, ...]:
+    return (CanaryProbe(CANARY, (*values[:-1], values[-1] + by)),)
+
+
+@pytest.mark.parametrize(
+    "canaries",
+    [
+        (),
+        (CanaryProbe((1,), ()),),
+        wrong(canary_logprobs(tiny_model(1), CANARY), 0.01),
+        wrong(canary_logprobs(tiny_model(1), CANARY), float("nan")),
+        (CanaryProbe((1, 10_000), (-1.0,)),),
+    ],
+)
+async def test_an_unproven_version_is_never_served(bench: Bench, canaries: tuple[CanaryProbe, ...]) -> None:
+    bench.store.publish(0)
+    await bench.until(lambda: bench.serving == [0])
+    bench.store.publish(1, canaries=canaries)
+    # Refused more than once: it is tried again in case the fault was ours.
+    await bench.until(lambda: refusals("IntegrityError") >= 2)
+    assert bench.engine is not None
+    assert bench.engine.status().version == 0
+    assert bench.serving == [0]
+    bench.store.publish(2)
+    await bench.until(lambda: bench.serving == [0, 2])
+
+
+async def test_broken_weights_are_not_served_even_with_a_right_canary(bench: Bench) -> None:
+    bench.store.publish(0)
+    await bench.until(lambda: bench.serving == [0])
+    bench.store.publish(1, tensors=published(tiny_model(7)))
+    await bench.until(lambda: refusals("IntegrityError") >= 1)
+    assert bench.serving == [0]
+
+
+async def test_a_failed_fetch_is_repeated(bench: Bench) -> None:
+    bench.store.failures = 3
+    bench.store.publish(0)
+    await bench.until(lambda: bench.serving == [0])
+    assert bench.store.fetched == [0, 0, 0, 0]
+    assert refusals("Unavailable") == 3
+
+
+async def test_a_head_that_moves_ends_the_pause(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follower_module, "FIRST_PAUSE_S", 3600.0)
+    bench.store.failures = 1
+    bench.store.publish(0)
+    await bench.until(lambda: refusals("Unavailable") == 1)
+    bench.store.publish(1)
+    await bench.until(lambda: bench.serving == [1])
+
+
+async def test_equal_assets_under_another_name_are_the_same_model(bench: Bench) -> None:
+    bench.store.publish(0)
+    bench.store.bundles["b" * 64] = dict(bench.store.bundles[ASSETS])
+    bench.store.publish(1, assets_sha256="b" * 64)
+    await bench.until(lambda: bench.serving[-1:] == [1])
+
+
+async def test_a_later_version_of_another_model_is_refused(bench: Bench) -> None:
+    bench.store.publish(0)
+    await bench.until(lambda: bench.serving == [0])
+    document = json.loads(config_json(tiny_model(0))) | {"rope_parameters": {"rope_type": "llama3"}}
+    bench.store.bundles["b" * 64] = {"config.json": json.dumps(document).encode()}
+    bench.store.publish(1, assets_sha256="b" * 64)
+    await bench.until(lambda: refusals("IntegrityError") >= 1)
+    assert bench.serving == [0]
+
+
+async def test_a_first_version_of_an_unknown_model_ends_the_process(bench: Bench) -> None:
+    document = json.loads(config_json(tiny_model(0))) | {"architectures": ["MambaForCausalLM"]}
+    bench.store.bundles[ASSETS] = {"config.json": json.dumps(document).encode()}
+    bench.store.publish(0)
+    with pytest.raises(ConfigError, match="MambaForCausalLM"):
+        await asyncio.wait_for(bench.task, WAIT_S)

@@ -1,0 +1,170 @@
+"""Admission, version constraints and deadlines, without an engine."""
+
+from __future__ import annotations
+
+import pytest
+
+from longshore.generator import scheduler as scheduler_module
+from longshore.generator.engine import EngineRequest, Failure, RequestFailed
+from longshore.generator.scheduler import Scheduler
+from longshore.types import FinishReason, KvMark, Sampling, VersionConstraint
+
+Bounds = tuple[int | None, int | None]
+
+
+def request(name: str, version: Bounds = (None, None), *, deadline: float = 100.0, prompt: int = 3) -> EngineRequest:
+    return EngineRequest(name, (1,) * prompt, Sampling(1.0, 4), deadline, VersionConstraint(*version))
+
+
+def scheduler(slots: int = 2, version: int | None = 5) -> Scheduler:
+    made = Scheduler(slots, context=16)
+    made.version = version
+    return made
+
+
+def admitted(made: Scheduler) -> list[str]:
+    return [reply.request.request_id for reply in made.admit()]
+
+
+def test_admits_in_order_and_no_more_than_there_are_slots() -> None:
+    made = scheduler()
+    for name in "abc":
+        assert made.add(request(name)) is None
+    assert admitted(made) == ["a", "b"]
+    assert admitted(made) == []
+    assert (made.num_running, made.num_waiting) == (2, 1)
+    assert made.drop("a") is not None
+    assert admitted(made) == ["c"]
+
+
+def test_running_requests_have_slots_of_their_own() -> None:
+    made = scheduler(slots=3)
+    for name in "abc":
+        made.add(request(name))
+    assert sorted(reply.slot for reply in made.admit()) == [0, 1, 2]
+    freed = made.drop("b")
+    made.add(request("d"))
+    assert [reply.slot for reply in made.admit()] == [freed]
+
+
+def test_nobody_is_admitted_before_the_first_version() -> None:
+    made = scheduler(version=None)
+    made.add(request("a", (0, 0)))
+    assert admitted(made) == []
+
+
+def test_who_waits_for_a_version_lets_others_pass() -> None:
+    made = scheduler()
+    made.add(request("newer", (6, None)))
+    made.add(request("any"))
+    assert admitted(made) == ["any"]
+    made.next_version = 6
+    made.swapped()
+    assert admitted(made) == ["newer"]
+
+
+def test_long_prompts_are_spread_over_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "PREFILL_TOKENS", 10)
+    made = scheduler(slots=9)
+    for name, prompt in (("a", 15), ("b", 6), ("c", 4), ("d", 1)):
+        made.add(request(name, prompt=prompt))
+    assert [admitted(made), admitted(made), admitted(made)] == [["a"], ["b", "c"], ["d"]]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "held"),
+    [((5, 5), True), ((None, 5), True), ((4, 6), True), ((5, None), False), ((None, None), False), ((6, 6), False)],
+)
+def test_who_holds_a_swap_to_version_7(bounds: Bounds, held: bool) -> None:
+    made = scheduler()
+    made.add(request("a", bounds))
+    made.next_version = 7
+    assert made.swap_is_held is held
+    made.admit()
+    assert made.swap_is_held is held
+
+
+def test_a_rollback_is_held_by_who_asks_for_more() -> None:
+    made = scheduler()
+    made.add(request("a", (5, None)))
+    made.next_version = 4
+    assert made.swap_is_held
+    made.drop("a")
+    assert not made.swap_is_held
+
+
+def test_while_a_swap_waits_nobody_else_can_hold_it() -> None:
+    made = scheduler()
+    made.next_version = 6
+    failure = made.add(request("pinned", (5, 5)))
+    assert isinstance(failure, RequestFailed)
+    assert failure.failure is Failure.VERSION
+    assert made.add(request("free")) is None
+    assert made.add(request("next", (6, 6))) is None
+
+
+def test_an_outdated_request_fails_at_once_or_at_the_swap() -> None:
+    made = scheduler()
+    failure = made.add(request("old", (None, 4)))
+    assert failure is not None
+    assert failure.failure is Failure.VERSION
+    assert "4" in failure.message
+    made.add(request("skipped", (6, 6)))
+    made.next_version = 7
+    _, failures = made.swapped()
+    assert [(item.request_id, item.failure) for item in failures] == [("skipped", Failure.VERSION)]
+    assert made.num_waiting == 0
+
+
+def test_a_swap_ends_the_spans_of_running_requests() -> None:
+    made = scheduler()
+    made.add(request("drew"))
+    made.add(request("not yet"))
+    slots = {reply.request.request_id: reply.slot for reply in made.admit()}
+    assert made.drawn(slots["drew"], 9, -0.5, now=0.0) is None
+    made.next_version = 6
+    events, _ = made.swapped()
+    assert [(item.request_id, item.token_ids, item.version, item.kv) for item in events] == [
+        ("drew", (9,), 5, KvMark.RECOMPUTED)
+    ]
+    for _ in range(2):
+        assert made.drawn(slots["drew"], 8, -0.25, now=0.0) is None
+    event = made.drawn(slots["drew"], 7, -0.25, now=0.0)
+    assert event is not None
+    assert (event.token_ids, event.version, event.kv, event.kv_min_version, event.finish) == (
+        (8, 8, 7),
+        6,
+        KvMark.CARRIED,
+        5,
+        FinishReason.LENGTH,
+    )
+    assert made.num_running == 1
+
+
+def test_a_rollback_under_a_request_counts_as_the_oldest_version_in_its_cache() -> None:
+    made = scheduler()
+    made.add(request("a"))
+    (reply,) = made.admit()
+    made.next_version = 4
+    made.swapped()
+    made.next_version = 6
+    made.swapped()
+    for _ in range(3):
+        made.drawn(reply.slot, 1, -1.0, now=0.0)
+    event = made.drawn(reply.slot, 1, -1.0, now=0.0)
+    assert event is not None
+    assert (event.version, event.kv_min_version) == (6, 4)
+
+
+def test_deadlines_end_running_and_waiting_requests() -> None:
+    made = scheduler(slots=1)
+    made.add(request("running", deadline=10.0))
+    made.add(request("waiting", deadline=10.0))
+    made.add(request("patient", deadline=20.0))
+    (reply,) = made.admit()
+    assert made.expire(9.0) == ([], [])
+    failures, slots = made.expire(10.0)
+    assert sorted(item.request_id for item in failures) == ["running", "waiting"]
+    assert {item.failure for item in failures} == {Failure.DEADLINE}
+    assert slots == [reply.slot]
+    assert admitted(made) == ["patient"]
