@@ -140,7 +140,7 @@ class TrainSpec(Spec):
         1,
         ge=0,
         le=100_000,
-        description="batches in flight beyond the one being trained: issued - consumed <= (this + 1) * batch",
+        description="issued - consumed <= (this + 1) * batch; 0 is on-policy",
     )
     checkpoint_every: int = Field(25, ge=1, description="train steps between durable checkpoints")
 

@@ -333,9 +333,9 @@ async def test_sigterm_lets_running_replies_finish_and_refuses_new_ones(site: Si
     assert await asyncio.to_thread(site.generator.wait, WAIT_S) == 0
 
 
-async def test_nothing_is_served_before_a_version_is_proven(site: Site, tmp_path: Path) -> None:
+async def test_nothing_is_served_before_a_version_is_proven(whole_site: Site, tmp_path: Path) -> None:
     """In this process, on a job of its own."""
-    store, address = Store(tmp_path, site.store.weights), f"unix:{tmp_path}/generator.sock"
+    store, address = Store(tmp_path, whole_site.store.weights), f"unix:{tmp_path}/generator.sock"
     stop = asyncio.Event()
     serving = asyncio.create_task(serve(settings(store, address), stop))
     caller = Caller(store.job, address)
@@ -353,17 +353,17 @@ async def test_nothing_is_served_before_a_version_is_proven(site: Site, tmp_path
     await caller.channel.close()
 
 
-async def test_an_unknown_model_ends_the_process(site: Site, tmp_path: Path) -> None:
-    store = Store(tmp_path, site.store.weights)
+async def test_an_unknown_model_ends_the_process(whole_site: Site, tmp_path: Path) -> None:
+    store = Store(tmp_path, whole_site.store.weights)
     await store.publish(architecture="MambaForCausalLM")
     with pytest.raises(ConfigError, match="decodes LlamaForCausalLM alone; this model is MambaForCausalLM"):
         await asyncio.wait_for(serve(settings(store, f"unix:{tmp_path}/generator.sock"), asyncio.Event()), WAIT_S)
 
 
 async def test_a_decode_thread_that_dies_ends_the_process(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole_site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, address = Store(tmp_path, site.store.weights), f"unix:{tmp_path}/generator.sock"
+    store, address = Store(tmp_path, whole_site.store.weights), f"unix:{tmp_path}/generator.sock"
     await store.publish()
     serving = asyncio.create_task(serve(settings(store, address), asyncio.Event()))
     caller = Caller(store.job, address)

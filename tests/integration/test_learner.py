@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import signal
+from pathlib import Path
 
 import pytest
 from processes import Service
@@ -24,7 +25,7 @@ from longshore.weights.client import WeightsClient
 STEPS = 40
 
 
-def spec(name: str, **train: object) -> dict[str, object]:
+def spec(name: str, tasks: Path, **train: object) -> dict[str, object]:
     return {
         "name": name,
         "model": {
@@ -36,8 +37,8 @@ def spec(name: str, **train: object) -> dict[str, object]:
             "intermediate_size": 64,
             "max_context": 48,
         },
-        "tasks": {"source": "reasoning-gym", "dataset": "spell_backward", "options": {"max_word_len": 5}},
-        "verifier": {"name": "reasoning-gym"},
+        "tasks": {"source": "jsonl", "path": str(tasks), "heldout_fraction": 0.2},
+        "verifier": {"name": "exact-match"},
         "warm_start": {"steps": 5, "batch_size": 4},
         "train": {
             "steps": STEPS,
@@ -62,8 +63,10 @@ class Bench:
         self.key = SigningKey.create(folder / "learner.key")
         self.run_dir = folder / "run"
         self.run_dir.mkdir()
+        tasks = folder / "tasks.jsonl"
+        tasks.write_text("".join(json.dumps({"prompt": f"{n}+{n}=", "answer": str(2 * n)}) + "\n" for n in range(200)))
         job_file = JobFile(
-            project="default", job=name, spec=spec(name, **train), learner_public_key=self.key.public_key.hex()
+            project="default", job=name, spec=spec(name, tasks, **train), learner_public_key=self.key.public_key.hex()
         )
         (folder / "job.json").write_text(job_file.model_dump_json())
         self.weights = Service("weights", folder, store_url=folder / "store").start()

@@ -83,7 +83,7 @@ class SlotDecoder:
     def weights(self, weights: LlamaWeights) -> None:
         """An in-flight weight update: running sequences keep their caches, later prefills see none of them."""
         self._weights = weights
-        pass
+        self._prompts.clear()
 
     @property
     def num_cached(self) -> int:

@@ -24,6 +24,9 @@ from longshore.launcher.spec import ProcessSpec, ProcessState, ProcessStatus, Re
 
 log = structlog.get_logger()
 
+# Exit code of a process that cannot work with the settings that it was given (rpc/process.py).
+WRONG_SETTINGS = 2
+
 # Answers whether a process is ready; never raises, returns within a second or two.
 Probe = Callable[[Ready], Awaitable[bool]]
 
@@ -34,16 +37,48 @@ class Rules:
 
     first_backoff: float = 0.5
     max_backoff: float = 10.0
-    # Deaths in a row without becoming ready.
+    # Deaths in a row without becoming ready, or with the exit code that says "wrong settings".
     max_failed_starts: int = 3
-    # Deaths in a row of lives that became ready but ended before `settled`: a loop of crashes, not bad luck.
+    # Deaths in a row, each less than `settled` after its start: by its own exit, and by any cause. The same error
+    # again and again is hopeless sooner than a machine that kills.
+    max_short_failures: int = 5
     max_short_lives: int = 20
-    settled: float = 60.0
+    settled: float = 600.0
     # To become ready.
     start_timeout: float = 180.0
     # Between SIGTERM and SIGKILL.
     grace: float = 8.0
     probe_every: float = 0.1
+
+
+@dataclass
+class _Deaths:
+    """Deaths in a row of one process, of each kind that can be too many."""
+
+    failed_starts: int = 0
+    short_failures: int = 0
+    short_lives: int = 0
+
+    def count(self, became_ready: bool, exit_code: int, lived: float, rules: Rules) -> None:
+        hopeful = became_ready and exit_code != WRONG_SETTINGS
+        self.failed_starts = 0 if hopeful else self.failed_starts + 1
+        if lived >= rules.settled:
+            self.short_failures = self.short_lives = 0
+        # A signal is somebody else's doing.
+        self.short_failures = self.short_failures + 1 if exit_code >= 0 else 0
+        self.short_lives += 1
+
+    def hopeless(self, rules: Rules) -> str:
+        """How it died too often; "" while it may be tried again."""
+        if self.failed_starts >= rules.max_failed_starts:
+            return f"{self.failed_starts} times in a row without becoming ready"
+        for count, most in (
+            (self.short_failures, rules.max_short_failures),
+            (self.short_lives, rules.max_short_lives),
+        ):
+            if count >= most:
+                return f"{count} times in a row, each time within {rules.settled:.0f} s of its start"
+        return ""
 
 
 class Child:
@@ -74,7 +109,7 @@ class Child:
     async def run(self) -> str | None:
         """Returns None when the process exited with 0 and completes its unit, or was stopped; otherwise, why it was
         given up."""
-        failed_starts = short_lives = 0
+        deaths = _Deaths()
         while not self._stop.is_set():
             began = time.monotonic()
             try:
@@ -84,29 +119,23 @@ class Child:
                 return f"{self.spec.name} cannot be started: {error}"
             if self._stop.is_set():
                 break
+            assert self.exit_code is not None
             if self.exit_code == 0 and self.spec.completes_unit:
                 self._set(ProcessState.EXITED)
                 return None
-            failed_starts = 0 if became_ready else failed_starts + 1
-            short_lives = short_lives + 1 if time.monotonic() - began < self._rules.settled else 1
-            reason = self._hopeless(failed_starts, short_lives)
-            if reason is not None:
+            deaths.count(became_ready, self.exit_code, time.monotonic() - began, self._rules)
+            hopeless = deaths.hopeless(self._rules)
+            if hopeless:
                 self._set(ProcessState.GAVE_UP)
-                return reason
-            await self._back_off(short_lives)
+                return self._epitaph(hopeless)
+            await self._back_off(deaths.short_lives)
         self._set(ProcessState.EXITED)
         return None
 
-    def _hopeless(self, failed_starts: int, short_lives: int) -> str | None:
-        if failed_starts >= self._rules.max_failed_starts:
-            what = f"{failed_starts} times in a row without becoming ready"
-        elif short_lives >= self._rules.max_short_lives:
-            what = f"{short_lives} times in a row, each time within {self._rules.settled:.0f} s of its start"
-        else:
-            return None
+    def _epitaph(self, hopeless: str) -> str:
         words = last_words(self.spec.log_path)
         said = f"; it said last: {words}" if words else ""
-        return f"{self.spec.name} died {what} ({self._how()}){said}; its log: {self.spec.log_path}"
+        return f"{self.spec.name} died {hopeless} ({self._how()}){said}; its log: {self.spec.log_path}"
 
     def _how(self) -> str:
         assert self.exit_code is not None

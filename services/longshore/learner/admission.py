@@ -2,9 +2,11 @@
 
     issued - consumed <= (target_staleness + 1) * batch
 
-"Consumed" is taken into a train step, or ended. One batch is being trained on while `target_staleness + 1` are out,
-so a target of 0 still overlaps generation with training. Never more is issued than the job's remaining steps need,
-so that a finished job has nothing left over.
+"Consumed" is trained on, with the version that came of it handed to the weight store, or ended. A target of 0 is
+on-policy: the next tickets go out when the last version does. A target of 1 keeps one batch in the making while
+another is trained on. What a rollout's staleness comes to is measured when it is consumed: a generator that is slow
+to take up a version adds to it. Never more is issued than the job's remaining steps need, so that a finished job has
+nothing left over.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class Admission:
         """How many groups may be issued now.
 
         Args:
-            steps_left: train steps whose batch has not been taken yet.
-            in_flight: training groups issued and not yet taken into a step.
+            steps_left: train steps that have not been taken yet.
+            in_flight: training groups issued and not yet settled.
         """
         return max(0, min(self.limit, steps_left * self.groups_per_step) - in_flight)

@@ -41,8 +41,6 @@ class Group:
     rollouts: dict[int, Rollout] = field(default_factory=dict)
     final_reasons: dict[int, str] = field(default_factory=dict)
     entry_ids: dict[int, str] = field(default_factory=dict)
-    # Taken into a train step: consumed, as admission counts.
-    taken: bool = False
 
     @property
     def closed(self) -> bool:
@@ -71,6 +69,7 @@ class Ledger:
         self.open: dict[int, Group] = {}
         # Training groups in the order in which they closed: what the next batch is taken from.
         self._ready: deque[int] = deque()
+        self._empty: list[int] = []
         self._settled: dict[int, dict[int, str]] = {}
 
     # -- issue -------------------------------------------------------------------------------------------------------
@@ -114,7 +113,7 @@ class Ledger:
             assert reason is not None
             group.final_reasons[index] = reason
         if group.closed and group.purpose is Purpose.TRAIN:
-            self._ready.append(group_id)
+            (self._ready if group.rollouts else self._empty).append(group_id)
         return None
 
     # -- what is taken out -------------------------------------------------------------------------------------------
@@ -126,7 +125,7 @@ class Ledger:
 
     def take_ready(self, count: int) -> list[Group]:
         """Takes the `count` groups that closed first. They stay open until settled."""
-        return self._mark([self._ready.popleft() for _ in range(count)])
+        return [self.open[self._ready.popleft()] for _ in range(count)]
 
     def take(self, group_ids: Sequence[int]) -> list[Group] | None:
         """Takes exactly these groups, in this order (a recorded batch); None while one has not closed."""
@@ -134,13 +133,12 @@ class Ledger:
             return None
         for group_id in group_ids:
             self._ready.remove(group_id)
-        return self._mark(group_ids)
+        return [self.open[group_id] for group_id in group_ids]
 
-    def _mark(self, group_ids: Sequence[int]) -> list[Group]:
-        groups = [self.open[group_id] for group_id in group_ids]
-        for group in groups:
-            group.taken = True
-        return groups
+    def take_empty(self) -> list[Group]:
+        """Takes the training groups that closed without a single rollout: there is nothing to train on."""
+        empty, self._empty = self._empty, []
+        return [self.open[group_id] for group_id in empty]
 
     def settle(self, group: Group, outcome: str) -> list[Ending]:
         """Ends a group: its rollouts with `outcome`, its other tickets with their own reasons."""
@@ -157,6 +155,7 @@ class Ledger:
     def settle_all(self, outcome: str) -> list[Ending]:
         """Ends everything that is still open, for the end of a job."""
         self._ready.clear()
+        self._empty.clear()
         return [ending for group in list(self.open.values()) for ending in self.settle(group, outcome)]
 
     # -- accounts ----------------------------------------------------------------------------------------------------

@@ -110,17 +110,17 @@ class LearnerLoop:
         waited = time.monotonic() - clock
         number, version = self.progress.step + 1, self.progress.version
         await self._record(number, groups)
-        # The batch is taken, so its places are free: the next rollouts are drawn while this step is computed.
-        self.progress.step = number
-        await self._issue()
         sequences = self._credit(groups)
         clock = time.monotonic()
         results = await asyncio.to_thread(self.parts.trainer.step, number, sequences, version)
         trained = time.monotonic() - clock
+        self.progress.step = number
         self._settle(groups)
         self.progress.add_staleness(staleness_of(groups, version))
         clock = time.monotonic()
         await self._publish(number)
+        # The version is on its way, so the batch counts as consumed and its places are free.
+        await self._issue()
         times = {"wait_for_batch": waited, "forward_backward": trained, "publish": time.monotonic() - clock}
         await self.reporter.step(self.progress, self.ledger, groups, version, results, times)
         if number % self.spec.train.checkpoint_every == 0 and number < self.spec.train.steps:
@@ -156,9 +156,8 @@ class LearnerLoop:
 
     async def _replace_empty(self) -> None:
         """A group all of whose tickets ended without a rollout is accounted, and another is issued for it."""
-        empty = [group for group in self._waiting() if group.closed and not group.rollouts]
+        empty = self.ledger.take_empty()
         for group in empty:
-            self.ledger.take([group.group_id])
             self._unacknowledged += self.ledger.settle(group, ZERO_VARIANCE)
         if empty:
             await self._issue()
@@ -190,9 +189,10 @@ class LearnerLoop:
     async def _issue(self) -> None:
         """Issues what admission allows (law 6)."""
         steps_left = self.spec.train.steps - self.progress.step
+        in_flight = len(self.ledger.open_groups(Purpose.TRAIN))
         opened = [
             self.ledger.issue(self.parts.cursor.next(), Purpose.TRAIN, self.spec.train.group_size)
-            for _ in range(self.admission.allowance(steps_left, len(self._waiting())))
+            for _ in range(self.admission.allowance(steps_left, in_flight))
         ]
         self.progress.cursor = self.parts.cursor.state
         await self._send(opened)
@@ -202,10 +202,6 @@ class LearnerLoop:
         tickets = [self._ticket(group, index) for group, index in tickets_of(groups)]
         if tickets:
             await self.link.issue(tickets)
-
-    def _waiting(self) -> list[Group]:
-        """Training groups issued and not yet taken into a step."""
-        return [group for group in self.ledger.open_groups(Purpose.TRAIN) if not group.taken]
 
     def _ticket(self, group: Group, index: int) -> Ticket:
         pinned = group.purpose is Purpose.EVALUATION

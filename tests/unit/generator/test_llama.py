@@ -171,6 +171,19 @@ def test_a_prompt_seen_before_is_copied_and_gives_the_same() -> None:
         torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=0)
 
 
+def test_new_weights_see_nothing_of_prompts_computed_by_old_ones() -> None:
+    old, new = tiny_model(0), tiny_model(1)
+    shape = read_config(config_json(old))
+    decoder = SlotDecoder(shape, num_slots=2, max_len=32, seed=1)
+    decoder.weights = build_weights(shape, named_tensors(old))
+    decoder.prefill([0], [(1, 2, 3, 4)], [1.0])
+    decoder.weights = build_weights(shape, named_tensors(new))
+    decoder.prefill([1], [(1, 2, 3, 4)], [1.0])
+    step = decoder.decode()
+    expected = reference_logprobs(new, (1, 2, 3, 4), step.tokens[1:])
+    torch.testing.assert_close(torch.tensor(step.logprobs[1:]), expected, atol=1e-4, rtol=0)
+
+
 def test_equal_seeds_draw_equal_tokens() -> None:
     model = tiny_model(0)
     shape = read_config(config_json(model))

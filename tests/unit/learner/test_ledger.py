@@ -97,7 +97,11 @@ def test_the_equation_holds_and_survives_a_checkpoint(arrivals, cut):
         assert ledger.balanced
     restored = Ledger.restore(json.loads(json.dumps(ledger.state())))
     assert restored.balanced
-    assert (restored.issued, restored.outcomes, list(restored.open)) == (ledger.issued, ledger.outcomes, list(ledger.open))
+    assert (restored.issued, restored.outcomes, list(restored.open)) == (
+        ledger.issued,
+        ledger.outcomes,
+        list(ledger.open),
+    )
     restored.settle_all("job_finished")
     assert restored.issued == restored.trained + sum(restored.accounted.values())
 

@@ -71,7 +71,9 @@ def reference_dppo(logp, behaviour, advantage, gap, cap, quadratic, frozen_ratio
 def test_dppo_matches_a_float64_loop_and_its_finite_difference(logp, behaviour, advantage, gap, quadratic):
     spec = DppoObjective(max_probability_gap=gap, ratio_cap=20.0, quadratic=quadratic)
     value = torch.tensor([logp], dtype=torch.float64, requires_grad=True)
-    result = dppo(value, torch.tensor([behaviour], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64), spec)
+    result = dppo(
+        value, torch.tensor([behaviour], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64), spec
+    )
     result.loss.sum().backward()
     ratio = math.exp(logp - behaviour)
     expected = reference_dppo(logp, behaviour, advantage, gap, 20.0, quadratic, ratio)

@@ -1,4 +1,4 @@
-"""The trainer, its checkpoints, the batch record: same state and batch give the same bits, and a crash costs nothing."""
+"""The trainer, its checkpoints, the batch record: the same state and batch give the same bits; a crash costs nothing."""
 
 import json
 
@@ -163,7 +163,9 @@ def test_a_torn_batch_record_is_dropped_and_the_file_goes_on(tmp_path):
 def test_the_tokenizer_knows_letters_and_folds_what_all_prompts_share():
     from longshore.types import Message, Task
 
-    tasks = [Task(str(i), (Message("user", f"Spell this backward: {word}"),), word) for i, word in enumerate("ab cd".split())]
+    tasks = [
+        Task(str(i), (Message("user", f"Spell this backward: {word}"),), word) for i, word in enumerate(["ab", "cd"])
+    ]
     tokenizer = character_tokenizer(tasks)
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Spell this backward: sun"}], add_generation_prompt=True, return_dict=False
