@@ -210,6 +210,17 @@ async def test_an_entry_of_nobody_is_dropped(bench):
     assert await bench.redis.xlen(bench.keys.rollouts) == 1
 
 
+async def test_entries_of_nobody_do_not_end_the_paging(bench):
+    epoch = await bench.issued(0)
+    for _ in range(3):
+        await bench.redis.xadd(bench.keys.rollouts, {"what": "ever"})
+    await bench.tickets.issue(epoch, bench.some(1))
+    (claim,) = await bench.tickets.claim("actor-0", 1, 0)
+    await bench.rollouts.deliver(claim, b"x")
+    await bench.redis.xreadgroup("learner", "learner", {bench.keys.rollouts: ">"})
+    assert [item.ticket_key for item in await bench.rollouts.read_pending(count=1)] == ["0.0"]
+
+
 async def test_a_read_aims_at_a_size_in_bytes(bench, monkeypatch):
     monkeypatch.setattr(rollouts, "_READ_BYTES", 100_000)
     await bench.issued(40)

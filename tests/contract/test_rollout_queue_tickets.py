@@ -283,6 +283,24 @@ async def test_a_start_whose_reply_was_lost_is_not_a_second_attempt(bench):
         assert await broker.call(bench.redis, bench.keys, "start", "actor-0", "nonce", 5, entry, "0.0") == [1]
 
 
+async def test_an_entry_that_a_ticket_has_left_starts_nothing(bench):
+    """An actor is slow between taking an entry over and starting on it; meanwhile its holder gives the ticket back."""
+    await bench.issued(1)
+    (claim,) = await bench.tickets.claim("actor-0", 1, 0)
+    await bench.redis.xautoclaim(bench.keys.tickets, "actors", "actor-1", 0, "0-0", count=1)
+    await bench.tickets.give_back(claim, "drain")
+    assert await broker.call(bench.redis, bench.keys, "start", "actor-1", "n", 5, claim.entry_id, "0.0") == [0]
+    assert await bench.states() == {"queued": 1}
+    assert len(await bench.tickets.claim("actor-2", 8, 0)) == 1
+
+
+async def test_an_entry_of_no_ticket_is_dropped(bench):
+    await bench.issued(1)
+    await bench.redis.xadd(bench.keys.tickets, {"what": "ever"})
+    assert len(await bench.tickets.claim("actor-0", 8, 0)) == 1
+    assert await bench.states() == {"running": 1}
+
+
 async def test_a_ticket_that_cannot_be_read_ends_as_malformed(bench):
     epoch = await bench.issued(0)
     await broker.call(bench.redis, bench.keys, "issue", epoch, "7.0", b"\xff\xff not a ticket")

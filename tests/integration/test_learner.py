@@ -149,49 +149,34 @@ def check_accounts(summary, counts) -> None:
     assert not any(counts.states.get(state) for state in live), counts
 
 
-async def test_a_job_runs_to_its_summary_and_its_accounts_balance(make_bench):
-    bench = make_bench("plain")
-    async with bench.running():
-        summary = await bench.finished()
+def check_whole(bench, summary, counts) -> None:
+    """A job that ran to its end: each step once, each rollout used once, each version number once."""
+    check_accounts(summary, counts)
     assert summary["state"] == "succeeded"
+    # Replayed steps found their versions published already: no number was used twice or skipped.
     assert summary["steps"] == summary["policy_version"] == STEPS
     assert bench.steps() == list(range(1, STEPS + 1))
-    check_accounts(summary, await bench.broker_counts())
     assert (bench.run_dir / "reward.png").stat().st_size > 10_000
-    # The summary's counts are the broker's too.
-    counts = await bench.broker_counts()
     assert counts.states["trained"] == summary["rollouts_trained"]
+    records = [json.loads(line) for line in (bench.run_dir / "learner" / "batches.jsonl").read_text().splitlines()]
+    last = {record["step"]: record for record in records}
+    uses = [tuple(use) for step in sorted(last) for use in last[step]["uses"]]
+    assert len(uses) == len(set(uses)) == STEPS * 16
 
 
 async def test_a_learner_killed_twice_ends_with_the_same_bits(make_bench):
     calm, killed = make_bench("calm"), make_bench("killed")
     # Keys carry no job, so both jobs get the same rollouts.
     async with calm.running():
-        await calm.finished()
+        check_whole(calm, await calm.finished(), await calm.broker_counts())
     async with killed.running():
         for step in (5, 17):
             await killed.until_step(step)
             killed.learner.kill()
             killed.learner.start()
         summary = await killed.finished()
-    assert killed.steps() == list(range(1, STEPS + 1))
-    check_accounts(summary, await killed.broker_counts())
-    # Replayed steps found their versions published already: no number was used twice or skipped.
-    assert summary["policy_version"] == STEPS
+    check_whole(killed, summary, await killed.broker_counts())
     assert killed.weights_bytes() == calm.weights_bytes()
-
-
-async def test_each_rollout_is_used_once_in_the_surviving_history(make_bench):
-    bench = make_bench("uses")
-    async with bench.running():
-        await bench.until_step(10)
-        bench.learner.kill()
-        bench.learner.start()
-        await bench.finished()
-    records = [json.loads(line) for line in (bench.run_dir / "learner" / "batches.jsonl").read_text().splitlines()]
-    last = {record["step"]: record for record in records}
-    uses = [tuple(use) for step in sorted(last) for use in last[step]["uses"]]
-    assert len(uses) == len(set(uses)) == STEPS * 16
 
 
 async def test_a_broker_killed_twice_loses_nothing(make_bench):

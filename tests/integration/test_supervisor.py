@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,18 +120,41 @@ async def test_three_deaths_fail_the_unit_and_stop_the_rest(supervisor, process)
     assert (await until(supervisor, "other", is_ready)).state is UnitState.RUNNING
 
 
-async def test_becoming_ready_forgives_earlier_deaths(supervisor, process) -> None:
-    await supervisor.apply("job", [process("a", LISTEN + "time.sleep(0.3)\n")])
+async def test_becoming_ready_forgives_earlier_deaths(process) -> None:
+    supervisor = Supervisor(port_open, replace(RULES, max_short_failures=100))
+    await supervisor.apply("job", [process("a", LISTEN + "time.sleep(0.2)\n")])
     status = await until(supervisor, "job", lambda status: status.processes[0].restarts >= 4)
     assert status.state is UnitState.RUNNING
+    await supervisor.close(STACK_UNIT)
 
 
-async def test_lives_that_stay_short_end_at_last(process) -> None:
-    rules = Rules(first_backoff=0.01, max_backoff=0.01, max_short_lives=4, probe_every=0.01)
-    supervisor = Supervisor(port_open, rules)
-    await supervisor.apply("job", [process("a", LISTEN + "time.sleep(0.2)\n")])
+async def test_wrong_settings_are_a_failed_start_whatever_came_before(supervisor, process) -> None:
+    await supervisor.apply("job", [process("a", LISTEN + "time.sleep(0.2); raise SystemExit(2)\n")])
     failed = await until(supervisor, "job", lambda status: status.state is UnitState.FAILED)
-    assert "died 4 times in a row" in failed.message
+    assert "died 3 times in a row" in failed.message
+    assert "exit code 2" in failed.message
+
+
+@pytest.mark.parametrize(
+    ("program", "limit"),
+    [("raise SystemExit(1)", {"max_short_failures": 4}), ("os.kill(os.getpid(), 9)", {"max_short_lives": 4})],
+)
+async def test_the_same_death_again_and_again_ends_at_last(process, program: str, limit: dict[str, int]) -> None:
+    supervisor = Supervisor(port_open, replace(RULES, **limit))
+    await supervisor.apply("job", [process("a", LISTEN + f"time.sleep(0.2); {program}\n")])
+    failed = await until(supervisor, "job", lambda status: status.state is UnitState.FAILED)
+    assert "died 4 times in a row, each time within" in failed.message
+
+
+async def test_a_process_that_is_killed_now_and_then_is_kept(supervisor, process) -> None:
+    """Signals are not its own failures: five of those would have been too many."""
+    await supervisor.apply("job", [process("a", SERVE)])
+    for restarts in range(RULES.max_short_failures + 1):
+        status = await until(
+            supervisor, "job", lambda status, n=restarts: status.ready and status.processes[0].restarts == n
+        )
+        os.kill(status.processes[0].pid, signal.SIGKILL)
+    await until(supervisor, "job", lambda status: status.ready and status.processes[0].restarts == restarts + 1)
 
 
 async def test_never_becoming_ready_counts_as_a_death(process) -> None:
@@ -231,30 +255,27 @@ from pathlib import Path
 from longshore.launcher.spec import ProcessSpec, Ready, ReadyKind
 from longshore.launcher.supervisor import Supervisor
 
+CHILD = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
+
 async def never(ready):
     return False
 
 async def main():
-    supervisor = Supervisor(never)
-    argv = (sys.executable, "-I", "-S", "-c", "import time; time.sleep(600)")
-    log = Path(sys.argv[1])
+    argv = (sys.executable, "-I", "-S", "-c", CHILD)
     ready = Ready(ReadyKind.GRPC, "127.0.0.1:1")
-    await supervisor.apply("job", [ProcessSpec(n, n, argv, {}, log / n, ready) for n in "ab"])
-    async for units in supervisor.watch():
-        pids = [process.pid for process in units[0].processes]
-        if all(pids):
-            (log / 'pids').write_text(' '.join(map(str, pids)) + '.')
+    specs = [ProcessSpec(name, name, argv, {}, Path(sys.argv[1]) / name, ready) for name in "ab"]
+    await Supervisor(never).apply("job", specs)
+    await asyncio.sleep(600)
 
 asyncio.run(main())
 """
 
 
 def test_no_process_outlives_a_killed_supervisor(tmp_path: Path) -> None:
-    said = tmp_path / "pids"
+    logs = [tmp_path / name for name in "ab"]
     with subprocess.Popen([sys.executable, "-c", SUPERVISE, str(tmp_path)], stdout=subprocess.DEVNULL) as parent:
-        wait_until(lambda: said.exists() and said.read_text().endswith("."), what="the start")
-        pids = [int(pid) for pid in said.read_text().rstrip(".").split()]
-        assert len(pids) == 2
+        wait_until(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs), what="the start")
+        pids = [int(log.read_text()) for log in logs]
         assert all(alive(pid) for pid in pids)
         parent.kill()
     wait_until(lambda: not any(alive(pid) for pid in pids), what="the death of the children")

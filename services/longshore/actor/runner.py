@@ -157,8 +157,10 @@ class Runner:
             if not claims:
                 continue
             for claim in await self._broker(partial(self._tickets.renew, self._actor, claims)):
-                log.warning("lease lost", ticket=claim.ticket.ref.key, attempt=claim.attempt)
-                held[claim.fence].cancel()
+                # One that was delivered while the broker answered is no longer held, and nothing is lost.
+                if claim in self._running.values():
+                    log.warning("lease lost", ticket=claim.ticket.ref.key, attempt=claim.attempt)
+                    held[claim.fence].cancel()
 
     async def _attempt(self, claim: Claim) -> None:
         """One claim to its end. Only the broker's absence, and a cancellation, leave here as exceptions."""

@@ -44,21 +44,23 @@ class PlainScreen:
     def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._out = out
         self._clock = clock
-        self._shown_at = float("-inf")
-        self._shown_title = ""
+        # What was told last, and when.
+        self._told_at = float("-inf")
+        self._title = self._text = ""
 
     def line(self, text: str, style: str = "") -> None:
         self._out.write(f"{text}\n")
         self._out.flush()
 
     def status(self, status: Status) -> None:
-        now = self._clock()
+        now, text = self._clock(), "  ".join([counted(status), *status.facts])
         # The end of a count is always told, its middle now and then.
         finished = 0 < status.total <= status.done
-        if status.title == self._shown_title and now - self._shown_at < PLAIN_EVERY_S and not finished:
+        recent = status.title == self._title and now - self._told_at < PLAIN_EVERY_S
+        if text == self._text or (recent and not finished):
             return
-        self._shown_at, self._shown_title = now, status.title
-        self.line("  ".join([counted(status), *status.facts]))
+        self._told_at, self._title, self._text = now, status.title, text
+        self.line(text)
 
     def table(self, title: str, rows: Rows) -> None:
         self.line(title)

@@ -39,11 +39,12 @@ class Rules:
     max_backoff: float = 10.0
     # Deaths in a row without becoming ready, or with the exit code that says "wrong settings".
     max_failed_starts: int = 3
-    # Deaths in a row, each less than `settled` after its start: by its own exit, and by any cause. The same error
-    # again and again is hopeless sooner than a machine that kills.
+    # Deaths in a row by its own exit, each before it had worked for long: the same error again and again.
     max_short_failures: int = 5
+    short_failure: float = 600.0
+    # Deaths in a row by any cause, each soon after its start: somebody kills it, perhaps for its memory.
     max_short_lives: int = 20
-    settled: float = 600.0
+    short_life: float = 60.0
     # To become ready.
     start_timeout: float = 180.0
     # Between SIGTERM and SIGKILL.
@@ -62,22 +63,20 @@ class _Deaths:
     def count(self, became_ready: bool, exit_code: int, lived: float, rules: Rules) -> None:
         hopeful = became_ready and exit_code != WRONG_SETTINGS
         self.failed_starts = 0 if hopeful else self.failed_starts + 1
-        if lived >= rules.settled:
-            self.short_failures = self.short_lives = 0
-        # A signal is somebody else's doing.
-        self.short_failures = self.short_failures + 1 if exit_code >= 0 else 0
-        self.short_lives += 1
+        failed = exit_code >= 0
+        self.short_failures = self.short_failures + 1 if failed and lived < rules.short_failure else int(failed)
+        self.short_lives = self.short_lives + 1 if lived < rules.short_life else 1
 
     def hopeless(self, rules: Rules) -> str:
         """How it died too often; "" while it may be tried again."""
         if self.failed_starts >= rules.max_failed_starts:
             return f"{self.failed_starts} times in a row without becoming ready"
-        for count, most in (
-            (self.short_failures, rules.max_short_failures),
-            (self.short_lives, rules.max_short_lives),
+        for count, most, within in (
+            (self.short_failures, rules.max_short_failures, rules.short_failure),
+            (self.short_lives, rules.max_short_lives, rules.short_life),
         ):
             if count >= most:
-                return f"{count} times in a row, each time within {rules.settled:.0f} s of its start"
+                return f"{count} times in a row, each time within {within:.0f} s of its start"
         return ""
 
 

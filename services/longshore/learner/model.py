@@ -13,10 +13,14 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from longshore.config import DirectoryModel, JobSpec, NewModel
 from longshore.errors import ConfigError
 from longshore.types import Task
+
+# A process's log is no place for progress bars.
+transformers_logging.disable_progress_bar()
 
 PAD, EOS, ANSWER, UNKNOWN = "<|pad|>", "<|eos|>", "<|answer|>", "<|unknown|>"
 # A fixed instruction that every prompt shares becomes one token, when it is at least this long.
