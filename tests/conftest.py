@@ -180,3 +180,13 @@ def bench(redis: Redis) -> QueueBench:
 @pytest.fixture(scope="session")
 def make_bench() -> type[QueueBench]:
     return QueueBench
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Where everything must run (in CI), a skipped test is a failure, with its reason."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("LONGSHORE_REQUIRE_ALL") == "1":
+        report.outcome = "failed"
+        report.longrepr = f"skipped, but LONGSHORE_REQUIRE_ALL=1: {report.longrepr}"
+    return report

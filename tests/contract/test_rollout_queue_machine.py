@@ -18,7 +18,7 @@ from longshore.rollout_queue import broker
 from longshore.rollout_queue.rollouts import Delivery, End
 from longshore.rollout_queue.tickets import Claim
 
-MAX_ATTEMPTS = 3
+MAX_ATTEMPTS = 2
 ACTORS = st.sampled_from(["actor-0", "actor-1", "actor-2"])
 FINAL = {"attempts_exhausted", "too_long", "trained", "zero_variance", "rejected", "cancelled"}
 
@@ -173,8 +173,12 @@ class QueueMachine(RuleBasedStateMachine):
     def renew(self, actor: str, held: list[Claim]) -> None:
         assert self.run(self.bench.tickets.renew(actor, held)) == [claim for claim in held if not self.holds(claim)]
 
-    @rule(claim=claims, content=st.sampled_from([b"a", b"b"]))
-    def deliver(self, claim: Claim, content: bytes) -> None:
+    @rule(claim=claims, contents=st.lists(st.sampled_from([b"a", b"b"]), min_size=1, max_size=3))
+    def deliver(self, claim: Claim, contents: list[bytes]) -> None:
+        for content in contents:
+            self.deliver_one(claim, content)
+
+    def deliver_one(self, claim: Claim, content: bytes) -> None:
         model = self.models[claim.ticket.ref.key]
         repeat = model.state == "delivered" and model.payload == content
         if not self.holds(claim) and not repeat:

@@ -313,6 +313,8 @@ async def test_survives_the_death_of_the_store_and_its_own(site: Site, caller: C
     # The generator comes back first and has to wait for the store.
     site.generator.start()
     await asyncio.to_thread(site.generator.wait_serving)
+    # Our channel may still be backing off from the time without a server: it is the server's refusal that we want.
+    await asyncio.wait_for(caller.channel.channel_ready(), WAIT_S)
     assert await caller.refusal(caller.request()) is Code.UNAVAILABLE
     site.store_process.start()
     await asyncio.to_thread(site.generator.wait_serving, SERVICE)

@@ -14,5 +14,5 @@ SECONDS = Histogram(
     _JOB,
     buckets=(0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3600, 10800, 86400),
 )
-TOKENS = Counter("longshore_actor_sampled_tokens_total", "Sampled tokens of delivered rollouts", _JOB)
+TOKENS = Counter("longshore_actor_sampled_tokens_total", "Sampled tokens of finished rollouts", _JOB)
 RETRIES = Counter("longshore_actor_retries_total", "Calls repeated because a peer was away", (*_JOB, "peer"))

@@ -128,6 +128,8 @@ class Runner:
         """Expired leases first, once in half a lease time; else tickets from the queue."""
         now = time.monotonic()
         if now >= self._next_take_over:
+            # After the broker was away our own leases may look expired: not to be taken from ourselves.
+            await self._renew()
             claims = await self._tickets.take_over(self._actor, free, int(self._limits.lease_s * 1000))
             self._next_take_over = now + self._limits.lease_s / 2
             if claims:
@@ -152,15 +154,17 @@ class Runner:
     async def _renew_loop(self) -> None:
         while True:
             await asyncio.sleep(self._limits.lease_s / 3)
-            held = {claim.fence: task for task, claim in self._running.items()}
-            claims = list(self._running.values())
-            if not claims:
-                continue
-            for claim in await self._broker(partial(self._tickets.renew, self._actor, claims)):
-                # One that was delivered while the broker answered is no longer held, and nothing is lost.
-                if claim in self._running.values():
-                    log.warning("lease lost", ticket=claim.ticket.ref.key, attempt=claim.attempt)
-                    held[claim.fence].cancel()
+            await self._broker(self._renew)
+
+    async def _renew(self) -> None:
+        """Renews the leases of all attempts and cancels those that have lost theirs."""
+        held = {claim.fence: task for task, claim in self._running.items()}
+        claims = list(self._running.values())
+        if not claims:
+            return
+        for claim in await self._tickets.renew(self._actor, claims):
+            log.warning("lease lost", ticket=claim.ticket.ref.key, attempt=claim.attempt)
+            held[claim.fence].cancel()
 
     async def _attempt(self, claim: Claim) -> None:
         """One claim to its end. Only the broker's absence, and a cancellation, leave here as exceptions."""

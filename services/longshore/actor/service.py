@@ -106,31 +106,28 @@ async def _maker(settings: ActorSettings, job: JobFile, renderer: Renderer) -> A
     spec, labels = job.spec, _labels(settings, job)
     kind = registry.load(registry.ENVIRONMENTS, spec.environment.name)
     environments = EnvironmentFactory(kind, spec.environment.options, settings.environment_timeout_s)
-    try:
-        async with channel(settings.generator) as to_generator, channel(settings.verifier) as to_verifier:
-            yield RolloutMaker(
-                site=settings.site,
-                actor=settings.name,
-                environment=spec.environment.name,
-                max_turns=spec.environment.max_turns,
-                renderer=renderer,
-                surroundings=environments,
-                generator=GeneratorClient(
-                    to_generator,
-                    settings.generate_timeout_s,
-                    settings.peer_patience_s,
-                    metrics.RETRIES.labels(*labels, "generator").inc,
-                ),
-                verifier=VerifierClient(
-                    to_verifier,
-                    spec.verifier.timeout_s,
-                    settings.peer_patience_s,
-                    metrics.RETRIES.labels(*labels, "verifier").inc,
-                ),
-                count_tokens=metrics.TOKENS.labels(*labels).inc,
-            )
-    finally:
-        environments.close()
+    async with channel(settings.generator) as to_generator, channel(settings.verifier) as to_verifier:
+        yield RolloutMaker(
+            site=settings.site,
+            actor=settings.name,
+            environment=spec.environment.name,
+            max_turns=spec.environment.max_turns,
+            renderer=renderer,
+            surroundings=environments,
+            generator=GeneratorClient(
+                to_generator,
+                settings.generate_timeout_s,
+                settings.peer_patience_s,
+                metrics.RETRIES.labels(*labels, "generator").inc,
+            ),
+            verifier=VerifierClient(
+                to_verifier,
+                spec.verifier.timeout_s,
+                settings.peer_patience_s,
+                metrics.RETRIES.labels(*labels, "verifier").inc,
+            ),
+            count_tokens=metrics.TOKENS.labels(*labels).inc,
+        )
 
 
 def _labels(settings: ActorSettings, job: JobFile) -> tuple[str, str, str]:

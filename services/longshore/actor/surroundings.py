@@ -6,8 +6,9 @@ A plug-in that blocks must not hold up the other rollouts, nor the renewal of th
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from longshore.actor.episode import AttemptFailed, Surroundings
@@ -32,26 +33,68 @@ class Direct:
         return self._environment.step(reply)
 
 
-class Threaded:
-    """A plug-in environment; made, started and stepped in threads of a bounded pool."""
+class _Threads:
+    """Runs functions in daemon threads, a bounded number at a time.
 
-    def __init__(self, make: Callable[[], Environment], threads: ThreadPoolExecutor, timeout_s: float) -> None:
+    Not an executor: the interpreter waits for an executor's threads at its end, and a plug-in may never return.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._free = asyncio.Semaphore(limit)
+
+    async def call(self, function: Callable[..., T], *args: object) -> T:
+        """What the function returns or raises. A caller that leaves does not end it; its thread stays counted."""
+        await self._free.acquire()
+        loop = asyncio.get_running_loop()
+        outcome: asyncio.Future[T] = loop.create_future()
+
+        def settle(result: Callable[[], None]) -> None:
+            self._free.release()
+            if not outcome.done():
+                result()
+
+        def work() -> None:
+            result: Callable[[], None]
+            try:
+                value = function(*args)
+                result = lambda: outcome.set_result(value)  # noqa: E731
+            except BaseException as error:  # noqa: BLE001 - even an exit of a plug-in must reach the one who waits
+                failure = error if isinstance(error, Exception) else RuntimeError(repr(error))
+                result = lambda: outcome.set_exception(failure)  # noqa: E731
+            # The loop may have ended while a plug-in hung.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(settle, result)
+
+        threading.Thread(target=work, name="environment", daemon=True).start()
+        return await outcome
+
+
+class Threaded:
+    """A plug-in environment; made, started and stepped in threads."""
+
+    def __init__(self, make: Callable[[], Environment], threads: _Threads, timeout_s: float) -> None:
         self._make = make
         self._threads = threads
         self._timeout_s = timeout_s
 
     async def start(self, task: Task) -> list[Message]:
-        self._environment = await self._call(self._make)
-        return list(await self._call(self._environment.start, task))
+        def begin() -> tuple[Environment, list[Message]]:
+            environment = self._make()
+            return environment, list(environment.start(task))
+
+        self._environment, messages = await self._call(begin)
+        return messages
 
     async def step(self, reply: str) -> Observation:
-        return await self._call(self._environment.step, reply)
+        observation = await self._call(self._environment.step, reply)
+        if not isinstance(observation, Observation):
+            raise AttemptFailed("environment", f"step gave a {type(observation).__name__}, not an Observation")
+        return observation
 
     async def _call(self, function: Callable[..., T], *args: object) -> T:
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await loop.run_in_executor(self._threads, function, *args)
+                return await self._threads.call(function, *args)
         except TimeoutError:
             raise AttemptFailed("environment", f"it took longer than {self._timeout_s:g} s") from None
         except Exception as error:
@@ -65,13 +108,9 @@ class EnvironmentFactory:
         self._kind = kind
         self._options = options
         self._timeout_s = timeout_s
-        self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="environment")
+        self._threads = _Threads(MAX_THREADS)
 
     def __call__(self) -> Surroundings:
         if self._kind is SingleTurn:
             return Direct(SingleTurn(self._options))
         return Threaded(lambda: self._kind(dict(self._options)), self._threads, self._timeout_s)
-
-    def close(self) -> None:
-        """Does not wait for environments that hang: their threads end with the process."""
-        self._threads.shutdown(wait=False, cancel_futures=True)

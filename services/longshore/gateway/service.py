@@ -27,6 +27,7 @@ from longshore.tasks.check import check_job
 from longshore.types import JobRef
 from longshore.weights.client import WeightsClient
 
+
 async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
     """Serves the API and drives jobs until `stop` is set; jobs go on without it."""
     api_key = await asyncio.to_thread(_read_key, settings)

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     if sys.platform == "linux":
         import ctypes
 
-        pass
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         # The supervisor may have died before the line above, and then no signal comes.
         if os.getppid() != int(parent):
             sys.exit("the supervisor is gone")

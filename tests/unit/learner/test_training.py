@@ -1,4 +1,4 @@
-"""The trainer, its checkpoints, the batch record: the same state and batch give the same bits; a crash costs nothing."""
+"""The trainer, its checkpoints, the batch record: the same state and batch give the same bits."""
 
 import json
 

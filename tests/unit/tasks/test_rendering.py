@@ -58,8 +58,11 @@ def test_a_prompt_ends_where_the_reply_begins() -> None:
 
 
 def test_the_same_tokens_as_transformers(tmp_path: object) -> None:
-    tags = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}{% endgeneration %}"
-    tags += "{% else %}{{ bos_token }}{{ m | tojson }}{% endif %}\n{% if loop.index > 8 %}{% break %}{% endif %}{% endfor %}"
+    tags = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}{% endgeneration %}"
+    )
+    tags += "{% else %}{{ bos_token }}{{ m | tojson }}{% endif %}\n"
+    tags += "{% if loop.index > 8 %}{% break %}{% endif %}{% endfor %}"
     for template in (CHATML, tags, "  {% if true %}\n    {{ messages[0]['content'] }}\n  {% endif %}\n"):
         files = assets(template, bos_token="<|pad|>")
         for name, content in files.items():
@@ -152,6 +155,8 @@ def test_bad_assets() -> None:
 
 def test_light_parts_import_neither_torch_nor_transformers() -> None:
     modules = "longshore.actor.service, longshore.verifier.service, longshore.verifier.worker, longshore.tasks.check"
-    program = f"import sys, {modules}; print([m for m in ('torch', 'transformers', 'reasoning_gym') if m in sys.modules])"
+    program = (
+        f"import sys, {modules}; print([m for m in ('torch', 'transformers', 'reasoning_gym') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
