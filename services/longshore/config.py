@@ -6,6 +6,7 @@ itself (does the file exist, is the verifier installed) are in `tasks/check.py`.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -230,6 +231,34 @@ def parse_job(document: object) -> JobSpec:
         return JobSpec.model_validate(document)
     except pydantic.ValidationError as error:
         raise InvalidJobSpec([_fault(entry) for entry in error.errors(include_url=False)]) from None
+
+
+def salvage(document: object, faults: list[Fault]) -> JobSpec | None:
+    """The job as it would be without its faulty parts, so that the rest can be checked in the same go.
+
+    None when too little is left: a required part is missing or cannot stand without what was wrong.
+    """
+    if not isinstance(document, dict):
+        return None
+    rest: Json = copy.deepcopy(document)
+    for fault in faults:
+        _remove(rest, fault.path.split("."))
+    # What every job must say for itself, and what nothing else depends on.
+    rest.setdefault("name", "unnamed")
+    train = rest.setdefault("train", {})
+    if isinstance(train, dict):
+        train.setdefault("steps", 1)
+    try:
+        return JobSpec.model_validate(rest)
+    except pydantic.ValidationError:
+        return None
+
+
+def _remove(document: object, path: list[str]) -> None:
+    for step in path[:-1]:
+        document = document.get(step) if isinstance(document, dict) else None
+    if isinstance(document, dict):
+        document.pop(path[-1], None)
 
 
 def load_job(path: Path) -> Json:

@@ -16,13 +16,13 @@ from typing import Any
 import structlog
 
 from longshore.client import ApiClient
-from longshore.config import load_job, parse_job
+from longshore.config import load_job
 from longshore.console.follow import EXIT_OK, follow_job
 from longshore.console.interrupt import Interrupt
 from longshore.console.progress import Status
 from longshore.console.screen import Screen
 from longshore.console.summary import shown
-from longshore.errors import InvalidJobSpec, LongshoreError, Unavailable
+from longshore.errors import LongshoreError, Unavailable
 from longshore.launcher.stack import START_TIMEOUT_S, Stack, StackFailed
 from longshore.launcher.state_dir import default_runs_dir, default_state_dir, holder, read_up
 
@@ -34,12 +34,10 @@ _POLL_S = 0.1
 
 def load_checked(path: Path, seed: int | None) -> dict[str, Any]:
     """The job file's document, once nothing is wrong with it. Raises InvalidJobSpec with every fault."""
-    from longshore.tasks.check import check_job
+    from longshore.tasks.check import check_document
 
     document = load_with_seed(path, seed)
-    faults = check_job(parse_job(document))
-    if faults:
-        raise InvalidJobSpec(faults)
+    check_document(document)
     return document
 
 

@@ -64,7 +64,7 @@ class Api:
         problems.install(app)
         app.add_api_route("/healthz", self.health, methods=["GET"], summary="Whether the gateway serves")
         app.include_router(self._router())
-        app.add_middleware(_Measured)
+        app.add_middleware(_Edge, stop=self._stop)
         return app
 
     def _router(self) -> APIRouter:
@@ -157,17 +157,26 @@ class Api:
         )
 
 
-class _Measured:
-    """Counts requests and the time to their answer. The route's pattern is the label, never the path."""
+class _Edge:
+    """Counts requests and the time to their answer, and refuses those that come while the gateway drains.
 
-    def __init__(self, app: ASGIApp) -> None:
+    The route's pattern is the label, never the path.
+    """
+
+    def __init__(self, app: ASGIApp, stop: asyncio.Event) -> None:
         self._app = app
+        self._stop = stop
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         began = time.monotonic()
+        if self._stop.is_set():
+            # A kept connection would go on asking a server that is ending.
+            refusal = problems.problem(503, "the gateway is stopping", {"Connection": "close"})
+            await refusal(scope, receive, send)
+            return
 
         async def measured(message: Message) -> None:
             if message["type"] == "http.response.start":

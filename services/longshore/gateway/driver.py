@@ -64,9 +64,11 @@ class JobDriver:
         self._told: dict[str, tuple[ProcessState, int]] = {}
         self._tell_first = job.state is JobState.QUEUED
 
-    async def run(self) -> None:
-        """Returns when the job has ended and nothing of it is left running."""
+    async def run(self, stop: asyncio.Event) -> None:
+        """Returns when the job has ended and nothing of it is left running, or soon after `stop` is set."""
         while not self._job.state.ended:
+            if stop.is_set():
+                return
             try:
                 await self._turn()
             except Unavailable as error:

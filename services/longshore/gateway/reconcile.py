@@ -17,6 +17,7 @@ log = structlog.get_logger()
 
 # Changes wake the loop; this is for what other gateways and clocks do.
 _LOOK_EVERY_S = 2.0
+_CANCEL_ROUNDS = 5
 
 
 class Reconciler:
@@ -26,9 +27,11 @@ class Reconciler:
         self._parts = parts
         self._jobs_since = jobs_since
         self._drivers: dict[str, asyncio.Task[None]] = {}
+        self._stopping = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Returns soon after `stop` is set."""
+        self._stopping = stop
         watching = asyncio.create_task(self._parts.units.run())
         try:
             # Before the launcher has told what runs, nothing can be said to be missing.
@@ -38,10 +41,7 @@ class Reconciler:
                 await self._look()
                 await wait_for_any(changed, stop, timeout=_LOOK_EVERY_S)
         finally:
-            tasks = [watching, *self._drivers.values()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end([watching, *self._drivers.values()])
 
     async def _look(self) -> None:
         for job_id in [job_id for job_id, task in self._drivers.items() if task.done()]:
@@ -51,7 +51,7 @@ class Reconciler:
             ours = job.created_at >= self._jobs_since or job.state is JobState.CANCELLING
             if ours and job.id not in self._drivers:
                 driver = JobDriver(job, self._parts)
-                self._drivers[job.id] = asyncio.create_task(driver.run(), name=f"job-{job.id}")
+                self._drivers[job.id] = asyncio.create_task(driver.run(self._stopping), name=f"job-{job.id}")
         metrics.JOBS_DRIVEN.set(len(self._drivers))
         await self._remove_strays()
 
@@ -70,3 +70,16 @@ class Reconciler:
             return (await self._parts.store.get(unit)).state.ended
         except NotFound:
             return True
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancels tasks and waits for them. Cancels again what goes on: until Python 3.12, a cancellation that comes just
+    as a wait with a timeout is over can be lost in the library that waited."""
+    pending = set(tasks)
+    for _ in range(_CANCEL_ROUNDS):
+        for task in pending:
+            task.cancel()
+        if pending:
+            _, pending = await asyncio.wait(pending, timeout=1.0)
+    for task in pending:
+        log.error("task did not end", task=task.get_name())

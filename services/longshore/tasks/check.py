@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from longshore.config import DirectoryModel, JobSpec
+from longshore.config import DirectoryModel, JobSpec, parse_job, salvage
 from longshore.errors import Fault, InvalidJobSpec, PluginError
 from longshore.tasks import registry
 from longshore.tasks.source import TaskSource, scan_heldout, scan_limit, too_few
@@ -18,6 +18,25 @@ from longshore.types import Task
 
 SAMPLE_TASKS = 20
 MAX_SCAN_SECONDS = 5.0
+
+
+def check_document(document: object) -> JobSpec:
+    """Parses a job's document and checks it against what is installed here.
+
+    Raises:
+        InvalidJobSpec: with every fault, those of the document and those of the world in one list.
+    """
+    try:
+        spec = parse_job(document)
+    except InvalidJobSpec as error:
+        rest = salvage(document, error.faults)
+        seen = {fault.path for fault in error.faults}
+        more = [fault for fault in check_job(rest) if fault.path not in seen] if rest else []
+        raise InvalidJobSpec(error.faults + more) from None
+    faults = check_job(spec)
+    if faults:
+        raise InvalidJobSpec(faults)
+    return spec
 
 
 def check_job(spec: JobSpec) -> list[Fault]:

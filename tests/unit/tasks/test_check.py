@@ -10,9 +10,9 @@ import pytest
 from plugin_package import write_package
 
 from longshore.config import JobSpec, load_job, parse_job
-from longshore.errors import PluginError
+from longshore.errors import InvalidJobSpec, PluginError
 from longshore.tasks import registry
-from longshore.tasks.check import check_job
+from longshore.tasks.check import check_document, check_job
 
 ROOT = Path(__file__).parents[3]
 
@@ -145,3 +145,27 @@ def test_plugins_that_raise_become_faults(tmp_path: Path, monkeypatch: pytest.Mo
     finally:
         registry._find.cache_clear()
         sys.modules.pop("ls_bad_plugins", None)
+
+
+def test_faults_of_the_document_and_of_the_world_come_in_one_list() -> None:
+    document = {
+        "name": "both",
+        "tasks": {"source": "reasoning-gym", "dataset": "no_such_set", "colour": 1},
+        "verifier": {"name": "judge"},
+        "train": {"steps": 0, "group_size": "one"},
+    }
+    with pytest.raises(InvalidJobSpec) as caught:
+        check_document(document)
+    assert {fault.path for fault in caught.value.faults} == {
+        "tasks.colour",
+        "train.steps",
+        "train.group_size",
+        "verifier.name",
+        "tasks.dataset",
+    }
+
+
+def test_a_document_of_which_too_little_is_left_gives_its_own_faults() -> None:
+    with pytest.raises(InvalidJobSpec) as caught:
+        check_document({"name": "x", "train": {"steps": 3}})
+    assert {fault.path for fault in caught.value.faults} == {"tasks", "verifier"}
