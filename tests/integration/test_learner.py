@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from processes import Service
-from redis.asyncio import Redis
 from simulated_site import SimulatedSite
 
 from longshore.rollout_queue import broker
+from longshore.rollout_queue.channel import JobChannel
 from longshore.rollout_queue.ledger import Ledger
 from longshore.settings import JobFile
 from longshore.signing import SigningKey
@@ -202,9 +202,7 @@ async def test_a_store_that_restarts_is_waited_for(make_bench):
     assert summary["policy_version"] == STEPS
 
 
-async def test_cancel_accounts_for_what_is_out(make_bench, redis: Redis):
-    from longshore.rollout_queue.channel import JobChannel
-
+async def test_cancel_accounts_for_what_is_out(make_bench):
     bench = make_bench("cancel", steps=100_000)
     async with bench.running():
         await bench.until_step(3)
@@ -217,6 +215,27 @@ async def test_cancel_accounts_for_what_is_out(make_bench, redis: Redis):
     assert accounted["cancelled"] > 0
     assert summary["rollouts_issued"] == summary["rollouts_trained"] + sum(accounted.values())
     assert (await bench.broker_counts()).balanced
+
+
+async def test_cancel_is_obeyed_during_the_warm_start(make_bench):
+    bench = make_bench("early")
+    job_file = JobFile.model_validate_json((bench.folder / "job.json").read_text())
+    longer = job_file.spec.warm_start.model_copy(update={"steps": 100_000})
+    changed = job_file.model_copy(update={"spec": job_file.spec.model_copy(update={"warm_start": longer})})
+    (bench.folder / "job.json").write_text(changed.model_dump_json())
+    async with bench.running():
+        client = broker.connect(bench.broker.url)
+        channel = JobChannel(client, bench.job)
+        after, events = "0", []
+        while not any(event["type"] == "warm_start" for event in events):
+            page = await channel.read(after, 100, 500)
+            events += [event for _, event in page]
+            after = page[-1][0] if page else after
+        await channel.command("cancel")
+        await client.aclose()
+        summary = await bench.finished()
+    assert summary["state"] == "cancelled"
+    assert (summary["steps"], summary["rollouts_issued"]) == (0, 0)
 
 
 async def test_sigterm_leaves_a_checkpoint_and_the_job_goes_on(make_bench):

@@ -12,7 +12,8 @@ import httpx
 from redis.asyncio import Redis
 
 from longshore.client import ApiClient
-from longshore.errors import Fault
+from longshore.config import JobSpec, parse_job
+from longshore.errors import Fault, InvalidJobSpec
 from longshore.gateway.app import Api
 from longshore.gateway.driver import Parts
 from longshore.gateway.http_server import serve_http
@@ -94,7 +95,7 @@ class GatewayBench:
         self._stop = asyncio.Event()
         self.store = JobStore(f"sqlite+aiosqlite:///{self.folder / 'jobs.db'}")
         await self.store.open()
-        api = Api(Jobs(self.store, lambda spec: self.faults), self.folder / "runs", KEY, self._stop)
+        api = Api(Jobs(self.store, self._check), self.folder / "runs", KEY, self._stop)
         self._reconciling = asyncio.create_task(Reconciler(self._parts(), self.jobs_since).run(self._stop))
         listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -109,6 +110,13 @@ class GatewayBench:
         self._stop.set()
         await asyncio.gather(self._serving, self._reconciling)
         await self.store.close()
+
+    def _check(self, document: object) -> JobSpec:
+        """As tasks.check does, with the faults that a test wants found."""
+        spec = parse_job(document)
+        if self.faults:
+            raise InvalidJobSpec(self.faults)
+        return spec
 
     def _parts(self) -> Parts:
         async def prepare(job: Job) -> Sequence[ProcessSpec]:

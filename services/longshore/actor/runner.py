@@ -214,7 +214,7 @@ class Runner:
         for task in left:
             task.cancel()
         if left:
-            await asyncio.wait(list(left))
+            await asyncio.wait(list(left), timeout=_GIVE_BACK_S)
             log.info("drained", given_back=len(left))
         with contextlib.suppress(TimeoutError, Unavailable):
             # Should the broker be away, the leases run out by themselves.

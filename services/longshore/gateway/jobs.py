@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import structlog
 
-from longshore.config import JobSpec, parse_job
+from longshore.config import JobSpec
 from longshore.errors import Conflict, Fault, InvalidJobSpec, Unavailable
 from longshore.gateway.states import JobState
 from longshore.gateway.store import Job, JobStore
@@ -20,7 +20,8 @@ CHECK_TIMEOUT_S = 60.0
 # Checks run plug-ins and read data sets; more at once would only make each slower.
 _MAX_CHECKS = 2
 
-Check = Callable[[JobSpec], list[Fault]]
+# Parses and checks a document; raises InvalidJobSpec with every fault.
+Check = Callable[[object], JobSpec]
 
 
 class Jobs:
@@ -39,10 +40,7 @@ class Jobs:
             Unavailable: the check did not end in time.
         """
         _require_json(document)
-        spec = parse_job(document)
-        faults = await self._checked(spec)
-        if faults:
-            raise InvalidJobSpec(faults)
+        spec = await self._checked(document)
         job = await self._create(spec)
         log.info("job queued", job=job.id, project=job.project)
         return job
@@ -59,10 +57,10 @@ class Jobs:
             return job
         return await self.store.move(job_id, JobState.CANCELLING, "cancelled on request")
 
-    async def _checked(self, spec: JobSpec) -> list[Fault]:
+    async def _checked(self, document: object) -> JobSpec:
         async with self._checks:
             try:
-                return await asyncio.wait_for(asyncio.to_thread(self._check, spec), CHECK_TIMEOUT_S)
+                return await asyncio.wait_for(asyncio.to_thread(self._check, document), CHECK_TIMEOUT_S)
             except TimeoutError:
                 raise Unavailable(f"the job could not be checked within {CHECK_TIMEOUT_S:.0f} s") from None
 

@@ -23,7 +23,7 @@ from longshore.rollout_queue import broker
 from longshore.rollout_queue.channel import JobChannel
 from longshore.rpc.process import run_process
 from longshore.rpc.server import RpcServer
-from longshore.tasks.check import check_job
+from longshore.tasks.check import check_document
 from longshore.types import JobRef
 from longshore.weights.client import WeightsClient
 
@@ -36,7 +36,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
         resources.push_async_callback(store.close)
         await store.open()
         reconciler = Reconciler(_parts(settings, store, resources), settings.jobs_since)
-        api = Api(Jobs(store, check_job), settings.runs_dir, api_key, stop)
+        api = Api(Jobs(store, check_document), settings.runs_dir, api_key, stop)
         rpc = RpcServer(settings.listen)
 
         async def on_listening(address: str) -> None:

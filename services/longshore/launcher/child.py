@@ -193,12 +193,15 @@ class Child:
     async def _await_ready(self, pid: int) -> None:
         deadline = time.monotonic() + self._rules.start_timeout
         while not await self._probe(self.spec.ready):
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and self._pid == pid:
                 log.error("process did not become ready", process=self.spec.name, after_s=self._rules.start_timeout)
                 _kill_group(pid)
+            if self._pid != pid or time.monotonic() > deadline:
                 return
             await asyncio.sleep(self._rules.probe_every)
-        self._set(ProcessState.READY)
+        # The answer may have come from a life that is over.
+        if self._pid == pid:
+            self._set(ProcessState.READY)
 
     async def _end(self, process: Process, exited: asyncio.Task[int]) -> None:
         # The leader alone is asked, so that it can end its own helpers in order.

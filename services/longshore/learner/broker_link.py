@@ -14,7 +14,7 @@ from typing import TypeVar
 import structlog
 from redis.asyncio import Redis
 
-from longshore.errors import Unavailable
+from longshore.errors import Interrupted, LongshoreError, Unavailable
 from longshore.rollout_queue import broker
 from longshore.rollout_queue.channel import JobChannel
 from longshore.rollout_queue.rollouts import Delivery, End, RolloutQueue
@@ -28,6 +28,11 @@ T = TypeVar("T")
 PATIENCE_S = 120.0
 PAUSE_S = 0.25
 INCARNATION_CHECK_S = 1.0
+COMMAND_POLL_S = 1.0
+
+
+class Cancelled(LongshoreError):
+    """The job's owner cancelled it."""
 
 
 class BrokerLink:
@@ -40,6 +45,7 @@ class BrokerLink:
         self._channel = JobChannel(client, job)
         self._incarnation = ""
         self._checked = 0.0
+        self._asked = 0.0
         self.epoch = 0
         self.on_loss: Callable[[], Awaitable[None]] | None = None
 
@@ -96,6 +102,17 @@ class BrokerLink:
 
     async def pending_command(self) -> str | None:
         return await self._call(self._channel.pending_command)
+
+    async def check_orders(self, stop: asyncio.Event) -> None:
+        """Raises Interrupted when this process, Cancelled when this job is told to end."""
+        if stop.is_set():
+            raise Interrupted("told to stop before the job's end; it goes on from its last checkpoint")
+        now = time.monotonic()
+        if now - self._asked < COMMAND_POLL_S:
+            return
+        self._asked = now
+        if await self.pending_command() == "cancel":
+            raise Cancelled("cancelled by its owner")
 
     async def _call(self, operation: Callable[[], Awaitable[T]]) -> T:
         while True:

@@ -5,11 +5,9 @@ Runs between train steps; what arrives during one waits in the broker, bounded b
 
 from __future__ import annotations
 
-import time
-
 import structlog
 
-from longshore.errors import LongshoreError, Rejected
+from longshore.errors import Rejected
 from longshore.learner import metrics
 from longshore.learner.broker_link import BrokerLink
 from longshore.learner.ledger import Ending, Ledger
@@ -20,11 +18,6 @@ from longshore.types import JobRef, Rollout, TicketRef
 log = structlog.get_logger()
 
 READ_COUNT = 256
-COMMAND_POLL_S = 1.0
-
-
-class Cancelled(LongshoreError):
-    """The job's owner cancelled it."""
 
 
 class Intake:
@@ -36,7 +29,6 @@ class Intake:
         self._job = job
         self._vocab_size = vocab_size
         self._labels = (job.project, job.job)
-        self._asked = 0.0
         # Deliveries for groups that an earlier incarnation issued after the checkpoint that we started from. Replay
         # issues those groups again, with the same numbers; until then they wait here, bounded by admission.
         self._early: list[Delivery] = []
@@ -44,8 +36,7 @@ class Intake:
         self.newest_version = 0
 
     async def read(self, block_ms: int) -> int:
-        """Takes in what has been delivered. Returns how many entries there were; raises Cancelled on command."""
-        await self._obey()
+        """Takes in what has been delivered. Returns how many entries there were."""
         deliveries = await self._link.read(READ_COUNT, block_ms)
         await self._take(deliveries)
         return len(deliveries)
@@ -59,15 +50,6 @@ class Intake:
         if self._early:
             early, self._early = self._early, []
             await self._take(early)
-
-    async def _obey(self) -> None:
-        now = time.monotonic()
-        if now - self._asked < COMMAND_POLL_S:
-            return
-        self._asked = now
-        command = await self._link.pending_command()
-        if command == "cancel":
-            raise Cancelled("cancelled by its owner")
 
     async def _take(self, deliveries: list[Delivery]) -> None:
         repeats = []

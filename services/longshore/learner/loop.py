@@ -21,9 +21,9 @@ from longshore.learner.admission import Admission
 from longshore.learner.advantage import group_advantages, has_signal
 from longshore.learner.batch import TrainSequence, sequences_of
 from longshore.learner.batch_log import BatchLog, BatchRecord
-from longshore.learner.broker_link import BrokerLink
+from longshore.learner.broker_link import BrokerLink, Cancelled
 from longshore.learner.checkpoint import take_snapshot, write_checkpoint
-from longshore.learner.intake import Cancelled, Intake, ends_of
+from longshore.learner.intake import Intake, ends_of
 from longshore.learner.ledger import TRAINED, Ending, Group, Ledger, tickets_of
 from longshore.learner.progress import Progress
 from longshore.learner.publisher import Lineage, Publisher
@@ -134,7 +134,7 @@ class LearnerLoop:
             groups = self._take()
             if groups is not None:
                 return groups
-            self._check_stop()
+            await self.link.check_orders(self.parts.stop)
             if await self.parts.intake.read(BLOCK_MS):
                 quiet_since = time.monotonic()
             elif time.monotonic() - quiet_since > QUIET_S:
@@ -235,7 +235,7 @@ class LearnerLoop:
             groups = [self.ledger.issue(task, Purpose.EVALUATION, 1) for task in self.parts.heldout]
         await self._send(groups)
         while not all(group.closed for group in groups):
-            self._check_stop()
+            await self.link.check_orders(self.parts.stop)
             if await self.parts.intake.read(BLOCK_MS):
                 await self.reporter.evaluation(when, groups, None)
         rewards = [reward for group in groups for reward in rewards_of(group)]
@@ -278,7 +278,3 @@ class LearnerLoop:
         await self._checkpoint()
         await self._checkpointed()
         await self.link.close(reason)
-
-    def _check_stop(self) -> None:
-        if self.parts.stop.is_set():
-            raise Interrupted("told to stop before the job's end; it goes on from its last checkpoint")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import structlog
 import torch
 
-from longshore.learner.broker_link import BrokerLink
+from longshore.config import WarmStartSpec
+from longshore.learner.broker_link import BrokerLink, Cancelled
 from longshore.learner.checkpoint import Snapshot, load_newest, restore_snapshot, take_snapshot, write_checkpoint
 from longshore.learner.config import LearnerSettings
 from longshore.learner.intake import Intake
@@ -74,7 +76,11 @@ async def _run(
     renderer = Renderer(assets)
     trainer = Trainer(policy, spec.train)
     if snapshot is None:
-        snapshot = await _first_light(job, trainer, renderer, source, reporter, checkpoints, link.epoch)
+        try:
+            snapshot = await _first_light(job, trainer, renderer, source, reporter, checkpoints, link, stop)
+        except Cancelled:
+            await reporter.finish("cancelled", Progress(started_at=time.time()), Ledger())
+            return
     restore_snapshot(trainer, snapshot)
     progress, ledger = _progress(snapshot), _ledger(snapshot)
 
@@ -119,32 +125,51 @@ async def _first_light(
     source: TaskSource,
     reporter: Reporter,
     checkpoints: Path,
-    epoch: int,
+    link: BrokerLink,
+    stop: asyncio.Event,
 ) -> Snapshot:
     """Warm-starts the policy where the job says so, and makes the result durable as the checkpoint of step 0."""
-    spec = job.spec
     started_at = time.time()
-    if spec.warm_start is not None:
+    if job.spec.warm_start is not None:
         await reporter.phase("warm_start")
-        loop = asyncio.get_running_loop()
-        reported = 0.0
-
-        def report(step: int, loss: float) -> None:
-            nonlocal reported
-            assert spec.warm_start is not None
-            now = time.monotonic()
-            if now - reported >= WARM_START_REPORT_S or step == spec.warm_start.steps:
-                reported = now
-                asyncio.run_coroutine_threadsafe(reporter.warm_start(step, loss), loop)
-
-        tasks = iter(TrainCursor(source, spec.tasks.heldout_fraction, seed=spec.seed).next, None)
-        examples = demonstrations(tasks, renderer, spec.warm_start, spec.seed)
-        await asyncio.to_thread(warm_start, trainer.policy, examples, spec.warm_start, report)
+        tasks = iter(TrainCursor(source, job.spec.tasks.heldout_fraction, seed=job.spec.seed).next, None)
+        examples = demonstrations(tasks, renderer, job.spec.warm_start, job.spec.seed)
+        await _warm_start(trainer, examples, job.spec.warm_start, reporter, link, stop)
     progress = Progress(started_at=started_at)
-    state = {"ledger": Ledger().state(), "progress": progress.state(), "epoch": epoch}
+    state = {"ledger": Ledger().state(), "progress": progress.state(), "epoch": link.epoch}
     snapshot = take_snapshot(trainer, 0, state)
     await asyncio.to_thread(write_checkpoint, checkpoints, snapshot)
     return snapshot
+
+
+async def _warm_start(
+    trainer: Trainer,
+    examples: Iterator[list[int]],
+    spec: WarmStartSpec,
+    reporter: Reporter,
+    link: BrokerLink,
+    stop: asyncio.Event,
+) -> None:
+    """Runs the warm start in a thread and tells how it goes. Raises Cancelled or Interrupted when told to end."""
+    at, go_on = (0, 0.0), True
+
+    def report(step: int, loss: float) -> bool:
+        nonlocal at
+        at = (step, loss)
+        return go_on
+
+    training = asyncio.create_task(asyncio.to_thread(warm_start, trainer.policy, examples, spec, report))
+    try:
+        while not training.done():
+            await asyncio.wait([training], timeout=WARM_START_REPORT_S)
+            if at[0]:
+                await reporter.warm_start(*at)
+            await link.check_orders(stop)
+    finally:
+        # The thread must not go on behind our back: it ends at its next step.
+        go_on = False
+        await asyncio.wait([training])
+    await training
 
 
 def _task_source(job: JobFile) -> TaskSource:

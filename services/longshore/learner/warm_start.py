@@ -52,9 +52,12 @@ def warm_start(
     policy: torch.nn.Module,
     examples: Iterator[list[int]],
     spec: WarmStartSpec,
-    report: Callable[[int, float], None],
+    report: Callable[[int, float], bool],
 ) -> None:
-    """Trains `policy` in place by next-token cross-entropy on the answers. `report(step, loss)` after each step."""
+    """Trains `policy` in place by next-token cross-entropy on the answers.
+
+    `report(step, loss)` is called after each step; when it says False, training ends there.
+    """
     optimizer = torch.optim.AdamW(policy.parameters(), lr=spec.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / spec.steps, step))
     policy.train()
@@ -66,7 +69,8 @@ def warm_start(
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        report(step, float(loss))
+        if not report(step, float(loss)):
+            return
 
 
 def _rate(progress: float, step: int) -> float:

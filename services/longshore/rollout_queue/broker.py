@@ -6,6 +6,7 @@ broker has been away for longer than the client's patience; each retry and each 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import importlib.resources
@@ -107,7 +108,11 @@ def reaching() -> Iterator[None]:
         BrokerLost: no answer within the client's patience.
         Unavailable: the broker answers, but takes no writes: its memory is full, or it is a replica.
         ConfigError: it does not accept our credentials.
+        CancelledError: the caller was cancelled meanwhile. redis-py sends under asyncio.wait_for, which Python 3.11
+            lets swallow a cancellation that comes as the sending ends; a loop so cancelled would go on for ever.
     """
+    task = asyncio.current_task()
+    cancellations = task.cancelling() if task else 0
     try:
         yield
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
@@ -116,6 +121,9 @@ def reaching() -> Iterator[None]:
         raise BrokerLost(f"the broker does not answer: {error}") from error
     except (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError) as error:
         raise Unavailable(f"the broker takes no writes: {error}") from error
+    finally:
+        if task and task.cancelling() > cancellations:
+            raise asyncio.CancelledError
 
 
 async def ping(client: Redis) -> None:

@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tiny_tokenizer import CHATML, END, SPECIAL, assets
 from transformers import AutoTokenizer
 
 from longshore.errors import ConfigError
 from longshore.tasks.rendering import Renderer
 from longshore.types import Message
 
-SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|unknown|>")
-CHATML = (
-    "{%- for message in messages %}"
-    "{%- if message.role == 'assistant' %}"
-    # As reasoning models do: thoughts are cut from every reply but the last.
-    "{%- set content = message.content.split('</think>')[-1] if not loop.last else message.content %}"
-    "{%- else %}{%- set content = message.content %}{%- endif %}"
-    "{{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
-
-
-def assets(template: str | None = CHATML, **config: object) -> dict[str, bytes]:
-    """A tokenizer of one token a character."""
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, "\n", *map(chr, range(32, 127))])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    core.decoder = decoders.Fuse()
-    core.add_special_tokens(list(SPECIAL))
-    settings: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", **config}
-    if template is not None:
-        settings["chat_template"] = template
-    return {"tokenizer.json": core.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()}
-
-
-USER, END = Message("user", "3+4="), 2
+USER = Message("user", "3+4=")
 CHAT = [Message("system", "Be short."), USER]
 
 
