@@ -15,13 +15,14 @@ pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
 LONGSHORE = [sys.executable, "-m", "longshore"]
+STEPS = 30
 JOB_TIMEOUT_S = 280
 
 
 def short_first_light(folder: Path, **train: object) -> Path:
     """The first-light job with fewer steps and a smaller evaluation."""
     document = yaml.safe_load((ROOT / "examples" / "first-light.yaml").read_text())
-    document["train"].update({"steps": 36, "checkpoint_every": 10, **train})
+    document["train"].update({"steps": STEPS, "checkpoint_every": 10, **train})
     document["evaluation"]["tasks"] = 100
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(document))
@@ -85,7 +86,7 @@ def test_first_light_learns_and_leaves_its_results(tmp_path):
     assert 0 < summary["staleness_mean"] <= 4
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 37))
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for name in ("reward/mean", "policy/entropy", "mismatch_kl/mean", "off_policy/mean", "time/step"):
         assert all(name in line for line in lines), name
     same = [line["mismatch_kl/same_version"] for line in lines if "mismatch_kl/same_version" in line]
@@ -165,14 +166,14 @@ def test_learner_actor_and_broker_are_killed_and_nothing_is_lost(stack):
 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["state"] == "succeeded"
-    assert summary["steps"] == 36
+    assert summary["steps"] == STEPS
     check_equation(summary)
     # Exactly what was needed was issued, so nothing was lost and nothing was made up for.
-    assert summary["rollouts_issued"] == 36 * 128 + 200
+    assert summary["rollouts_issued"] == STEPS * 128 + 200
     lines = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert lines == list(range(1, 37))
+    assert lines == list(range(1, STEPS + 1))
     records = [json.loads(line) for line in (run / "learner" / "batches.jsonl").read_text().splitlines()]
     last = {record["step"]: record for record in records}
     uses = [tuple(use) for record in last.values() for use in record["uses"]]
-    assert len(uses) == len(set(uses)) == 36 * 128, "a rollout was used twice, or never"
+    assert len(uses) == len(set(uses)) == STEPS * 128, "a rollout was used twice, or never"
     assert summary["reward_last"] > summary["reward_first"]

@@ -88,6 +88,8 @@ class Runner:
         self._limits = limits
         self._observer = observer
         self._running: dict[asyncio.Task[None], Claim] = {}
+        # Attempts that are only being handed in: the broker may have closed their lease already.
+        self._handing_in: set[tuple[str, int, str]] = set()
         self._freed = asyncio.Event()
         self._next_take_over = 0.0
 
@@ -163,6 +165,8 @@ class Runner:
         if not claims:
             return
         for claim in await self._tickets.renew(self._actor, claims):
+            if claim.fence in self._handing_in or held[claim.fence].done():
+                continue
             log.warning("lease lost", ticket=claim.ticket.ref.key, attempt=claim.attempt)
             held[claim.fence].cancel()
 
@@ -173,11 +177,12 @@ class Runner:
         try:
             outcome = await self._try(claim)
         finally:
+            self._handing_in.discard(claim.fence)
             self._observer.ended(outcome, time.monotonic() - started, len(self._running) - 1)
 
     async def _try(self, claim: Claim) -> str:
         try:
-            rollout = await self._work(claim)
+            rollout = await self._made(claim)
         except Rejected as error:
             log.warning("rejected", ticket=claim.ticket.ref.key, reason=error.reason, detail=error.detail)
             await self._broker(partial(self._tickets.reject, claim, error.reason, error.detail))
@@ -186,9 +191,16 @@ class Runner:
             reason = error.reason if isinstance(error, AttemptFailed) else "unavailable"
             return await self._failed(claim, reason, error)
         except Exception as error:
+            # An attempt's boundary: a bug that one task meets must not end the others.
             log.exception("attempt failed", ticket=claim.ticket.ref.key)
             return await self._failed(claim, "error", error)
         return await self._deliver(claim, rollout)
+
+    async def _made(self, claim: Claim) -> bytes:
+        try:
+            return await self._work(claim)
+        finally:
+            self._handing_in.add(claim.fence)
 
     async def _deliver(self, claim: Claim, rollout: bytes) -> str:
         try:

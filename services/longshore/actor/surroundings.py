@@ -98,6 +98,7 @@ class Threaded:
         except TimeoutError:
             raise AttemptFailed("environment", f"it took longer than {self._timeout_s:g} s") from None
         except Exception as error:
+            # A plug-in may raise anything; it fails this attempt alone.
             raise AttemptFailed("environment", repr(error)) from error
 
 

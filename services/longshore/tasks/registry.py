@@ -34,6 +34,7 @@ def load(group: str, name: str) -> type[Any]:
     try:
         loaded = point.load()
     except Exception as error:
+        # Importing a plug-in runs code that we did not write.
         raise PluginError(f"{_WHAT[group]} {name!r} ({point.value}) failed to load: {error!r}") from error
     if not isinstance(loaded, type):
         raise PluginError(f"{_WHAT[group]} {name!r} ({point.value}) must be a class")

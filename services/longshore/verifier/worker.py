@@ -58,6 +58,7 @@ def _load(message: dict[str, Any]) -> tuple[Verifier, str]:
     except LongshoreError:
         raise
     except Exception as error:
+        # A plug-in's constructor may raise anything.
         raise PluginError(f"verifier {message['name']!r} cannot be made with its options: {error!r}") from error
 
 

@@ -192,6 +192,25 @@ async def test_a_lost_lease_cancels_its_attempt_alone(bench: Any, start: Callabl
     assert await bench.rollouts.deliver(taken[0], b"theirs")
 
 
+async def test_a_delivery_in_progress_is_no_lost_lease(bench: Any, start: Callable[..., Actor]) -> None:
+    """The broker closes the lease with the delivery: a renewal at that moment must not cancel the attempt."""
+    await bench.issued(1)
+    deliver, renewed = bench.rollouts.deliver, asyncio.Event()
+
+    async def delivered_but_not_answered(claim: Claim, rollout: bytes) -> bool:
+        found = await deliver(claim, rollout)
+        await renewed.wait()
+        return bool(found)
+
+    bench.rollouts.deliver = delivered_but_not_answered
+    actor = start(bench, lease_s=60.0)
+    await until(lambda: _equals(delivered(bench), 1), actor)
+    await actor.runner._renew()
+    renewed.set()
+    await until(lambda: bool(actor.seen.outcomes), actor)
+    assert actor.seen.outcomes == {"delivered": 1}
+
+
 async def test_a_rollout_of_a_lost_lease_is_dropped(bench: Any, start: Callable[..., Actor]) -> None:
     await bench.issued(1)
     actor = start(bench)

@@ -65,6 +65,15 @@ def test_a_finite_source_is_seen_whole_each_round_in_another_order() -> None:
     assert take(TrainCursor(Numbers(50), 0.0, seed=2), 50) != rounds[0]
 
 
+@pytest.mark.parametrize("size", [None, 60])
+def test_no_training_task_is_passed_over(size: int | None) -> None:
+    source = Numbers(size)
+    tasks = [task for number in range(60) if (task := source.task(number)) and not is_heldout(task, 0.3)]
+    cursor = TrainCursor(source, 0.3)
+    assert 30 < len(tasks) < 60
+    assert sorted(take(cursor, len(tasks)), key=int) == [task.task_id for task in tasks]
+
+
 def test_an_endless_source_is_walked_in_its_order() -> None:
     assert take(TrainCursor(Numbers(None), 0.0), 5) == ["0", "1", "2", "3", "4"]
 
