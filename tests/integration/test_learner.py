@@ -238,6 +238,15 @@ async def test_cancel_is_obeyed_during_the_warm_start(make_bench):
     assert (summary["steps"], summary["rollouts_issued"]) == (0, 0)
 
 
+async def test_a_job_whose_every_ticket_is_refused_is_given_up(make_bench):
+    bench = make_bench("refused")
+    bench.site.refusing = True
+    async with bench.running():
+        assert await asyncio.to_thread(bench.learner.wait, 60) == 2
+    assert "ended without a single rollout" in bench.learner.tail()
+    assert "verifier_failed" in bench.learner.tail()
+
+
 async def test_sigterm_leaves_a_checkpoint_and_the_job_goes_on(make_bench):
     bench = make_bench("drain")
     async with bench.running():

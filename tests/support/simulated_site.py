@@ -19,6 +19,7 @@ from longshore.types import (
     FinishReason,
     GivenSpan,
     JobRef,
+    Purpose,
     Rollout,
     SampledSpan,
     Sampling,
@@ -39,6 +40,8 @@ class SimulatedSite:
         self._rollouts = RolloutQueue(self._client, job)
         # Ticket keys by how often each was delivered as new.
         self.delivered: dict[str, int] = {}
+        # Whether every training ticket is refused, as by a verifier that always fails.
+        self.refusing = False
 
     async def run(self) -> None:
         while True:
@@ -54,6 +57,9 @@ class SimulatedSite:
 
     async def _answer(self, claim: Claim) -> None:
         key = claim.ticket.ref.key
+        if self.refusing and claim.ticket.purpose is Purpose.TRAIN:
+            await self._tickets.reject(claim, "verifier_failed", "it always fails")
+            return
         with contextlib.suppress(Fenced):
             if await self._rollouts.deliver(claim, rollout_to_bytes(make_rollout(claim))):
                 self.delivered[key] = self.delivered.get(key, 0) + 1

@@ -16,7 +16,7 @@ from pathlib import Path
 import structlog
 
 from longshore.config import JobSpec
-from longshore.errors import Interrupted
+from longshore.errors import ConfigError, Interrupted
 from longshore.learner.admission import Admission
 from longshore.learner.advantage import group_advantages, has_signal
 from longshore.learner.batch import TrainSequence, sequences_of
@@ -39,6 +39,8 @@ BLOCK_MS = 200
 ZERO_VARIANCE = "zero_variance"
 EVALUATION = "evaluation"
 QUIET_S = 60.0
+# Batches' worth of groups that may come to nothing, one after another, before the job is given up.
+EMPTY_BATCHES = 4
 
 
 @dataclass
@@ -74,6 +76,7 @@ class LearnerLoop:
         # Endings whose effect no durable checkpoint contains yet.
         self._unacknowledged: list[Ending] = []
         self._checkpointing: asyncio.Task[None] | None = None
+        self._empty_in_a_row = 0
         self.link.on_loss = self._say_again
 
     async def run(self) -> str:
@@ -133,6 +136,7 @@ class LearnerLoop:
         while True:
             groups = self._take()
             if groups is not None:
+                self._empty_in_a_row = 0
                 return groups
             await self.link.check_orders(self.parts.stop)
             if await self.parts.intake.read(BLOCK_MS):
@@ -159,8 +163,16 @@ class LearnerLoop:
         empty = self.ledger.take_empty()
         for group in empty:
             self._unacknowledged += self.ledger.settle(group, ZERO_VARIANCE)
-        if empty:
-            await self._issue()
+        if not empty:
+            return
+        self._empty_in_a_row += len(empty)
+        if self._empty_in_a_row > EMPTY_BATCHES * self.spec.train.groups_per_step:
+            # Whatever it is (a verifier that always fails, prompts that never fit), more tickets will not mend it.
+            raise ConfigError(
+                f"{self._empty_in_a_row} groups in a row ended without a single rollout; tickets ended as "
+                f"{self.ledger.accounted}: see the actors' logs and the dead letters"
+            )
+        await self._issue()
 
     async def _record(self, number: int, groups: list[Group]) -> None:
         uses = tuple((f"{group.group_id}.{index}", 1) for group in groups for index, _ in group.members)

@@ -15,6 +15,7 @@ from longshore.errors import LongshoreError
 from longshore.verifier.lines import MAX_LINE_BYTES
 
 _PASSED_ON = ("PATH", "PYTHONPATH")
+_CLOSE_S = 1.0
 
 
 class WorkerDied(LongshoreError):
@@ -81,7 +82,18 @@ class SubprocessWorker:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             await self._process.wait()
-            if self._process.stdin is not None:
-                self._process.stdin.close()
+            await self._close_pipes(self._process)
         if self._folder is not None:
             self._folder.cleanup()
+
+    async def _close_pipes(self, process: asyncio.subprocess.Process) -> None:
+        """Sees both pipes end, so that nothing is left to an event loop that may be closing."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.close()
+        # A process that left the group may hold them open; it is not waited for.
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(_CLOSE_S):
+                while await process.stdout.read(MAX_LINE_BYTES):
+                    pass
+                await process.stdin.wait_closed()
