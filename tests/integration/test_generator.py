@@ -264,6 +264,8 @@ async def test_callers_that_go_away_in_mid_stream_leave_nothing_behind(site: Sit
         await calls[0].read()
         for call in calls:
             call.cancel()
+        # A cancellation reaches the generator in its own time, and until then the request keeps its place.
+        await caller.until(lambda status: status.running_requests == status.waiting_requests == 0)
     # A whole connection that vanishes, its requests running and waiting.
     other = Caller(site.store.job, site.generator.address)
     calls = [other.start((1,), tokens=LONG) for _ in range(SLOTS + 2)]
