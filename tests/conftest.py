@@ -20,7 +20,7 @@ from longshore.rollout_queue import broker
 from longshore.rollout_queue.keys import ACTORS, JobKeys
 from longshore.rollout_queue.ledger import Ledger
 from longshore.rollout_queue.rollouts import End, RolloutQueue
-from longshore.rollout_queue.tickets import Claim, TicketQueue
+from longshore.rollout_queue.tickets import LIVE_STATES, Claim, TicketQueue
 from longshore.types import JobRef, Message, Purpose, Sampling, Task, Ticket, TicketRef
 
 START_S = 20.0
@@ -163,11 +163,12 @@ class QueueBench:
         """Non-zero counts, after checking the ledger's equation and that the broker holds what they say."""
         counts = await self.ledger.counts()
         assert counts.balanced, counts
-        live = {state: counts.states[state] for state in ("queued", "running", "delivered")}
+        live = {state: counts.states[state] for state in LIVE_STATES}
         assert await self.redis.scard(self.keys.active) == sum(live.values())
-        hashes = [name async for name in self.redis.scan_iter(match=f"{self.keys.ticket_prefix}*", count=1000)]
-        assert len(hashes) == sum(live.values())
-        assert await self.redis.xlen(self.keys.tickets) == live["queued"] + live["running"]
+        names = [name async for name in self.redis.scan_iter(match=f"{self.keys.ticket_prefix}*", count=1000)]
+        assert len([name for name in names if not name.endswith(b":journal")]) == sum(live.values())
+        entries = await self.redis.xlen(self.keys.tickets) + await self.redis.xlen(self.keys.leased)
+        assert entries == live["queued"] + live["running"] + live["spooled"]
         return {state: number for state, number in counts.states.items() if number}
 
 

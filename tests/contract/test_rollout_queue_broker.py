@@ -9,7 +9,7 @@ import redis.exceptions
 
 from longshore.errors import ConfigError, Fenced, Unavailable
 from longshore.rollout_queue import broker
-from longshore.rollout_queue.broker import BrokerLost
+from longshore.rollout_queue.broker import BrokerFull, BrokerLost
 from longshore.rollout_queue.rollouts import End, RolloutQueue
 from longshore.rollout_queue.tickets import TicketQueue
 
@@ -126,10 +126,10 @@ async def test_a_learner_restores_a_broker_that_lost_its_tail(private_broker, co
     assert await bench.states() == {"queued": 5, "trained": 1}
     with pytest.raises(Fenced):
         await bench.rollouts.deliver(kept, b"rollout")
-    with pytest.raises(Fenced):
-        await bench.rollouts.deliver(lost, b"rollout")
+    # An attempt that the broker has forgotten hands in what it made.
+    assert await bench.rollouts.deliver(lost, b"rollout")
     claims = await bench.tickets.claim("actor-1", 8, 0)
-    assert sorted(claim.ticket.ref.key for claim in claims) == ["0.1", "0.2", "0.3", "1.0", "1.1"]
+    assert sorted(claim.ticket.ref.key for claim in claims) == ["0.2", "0.3", "1.0", "1.1"]
     for claim in claims:
         await bench.rollouts.deliver(claim, b"again")
     assert len(await bench.rollouts.read(8, 0)) == 5
@@ -201,9 +201,9 @@ async def test_a_full_broker_takes_nothing_new_and_lets_go_of_the_old(private_br
     await bench.rollouts.deliver(delivered, b"x")
     (delivery,) = await bench.rollouts.read(8, 0)
     await bench.redis.config_set("maxmemory", "1mb")
-    with pytest.raises(Unavailable, match="takes no writes"):
+    with pytest.raises(BrokerFull, match="memory is full"):
         await bench.rollouts.deliver(held, b"x")
-    with pytest.raises(Unavailable, match="takes no writes"):
+    with pytest.raises(BrokerFull, match="memory is full"):
         await bench.tickets.issue(epoch, bench.some(8))
     assert await bench.tickets.renew("actor-0", [held, other]) == []
     await bench.tickets.give_back(other, "drain")

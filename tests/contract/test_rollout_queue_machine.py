@@ -6,6 +6,7 @@ A model of a few lines says what each call must answer; the real broker has to a
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass, field
 
 import hypothesis
@@ -13,13 +14,16 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from longshore.errors import Fenced
-from longshore.rollout_queue import broker
+from longshore.errors import Fenced, Rejected
+from longshore.rollout_queue import broker, site_leases
+from longshore.rollout_queue.journal import Journal
 from longshore.rollout_queue.rollouts import Delivery, End
+from longshore.rollout_queue.site_leases import SiteLeases
 from longshore.rollout_queue.tickets import Claim
 
 MAX_ATTEMPTS = 2
 ACTORS = st.sampled_from(["actor-0", "actor-1", "actor-2"])
+SITES = st.sampled_from(["west", "east"])
 FINAL = {"attempts_exhausted", "too_long", "trained", "zero_variance", "rejected", "cancelled"}
 
 
@@ -31,11 +35,18 @@ class Model:
     attempt: int = 0
     tries: int = 0
     payload: bytes = b""
+    # The rollout site that leased it.
+    site: str = ""
+    journal: list[bytes] = field(default_factory=list)
     history: list[str] = field(default_factory=list)
 
     def to(self, state: str) -> None:
         self.history.append(state)
         self.state = state
+        if state in FINAL or state == "delivered":
+            self.journal = []
+        if state == "queued":
+            self.site = ""
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -54,6 +65,8 @@ class QueueMachine(RuleBasedStateMachine):
         self.bench = self.make_bench(self.client, max_attempts=MAX_ATTEMPTS)
         self.models: dict[str, Model] = {}
         self.epoch = 0
+        # Who leased what.
+        self.site_of: dict[tuple[str, int, str], str] = {}
         self.next_group = 0
         # Ticket keys of the rollouts that the learner has been given.
         self.seen: list[str] = []
@@ -68,7 +81,12 @@ class QueueMachine(RuleBasedStateMachine):
 
     def holds(self, claim: Claim) -> bool:
         model = self.models[claim.ticket.ref.key]
-        return model.state == "running" and model.attempt == claim.attempt
+        return model.state in ("running", "spooled") and model.attempt == claim.attempt
+
+    def may_deliver(self, claim: Claim) -> bool:
+        """Its lease may have run out: while nobody has started anew, the rollout is as good as ever."""
+        model = self.models[claim.ticket.ref.key]
+        return self.holds(claim) or (model.state == "queued" and model.attempt == claim.attempt)
 
     @initialize(target=claims, actor=ACTORS)
     def setup(self, actor: str):
@@ -155,7 +173,7 @@ class QueueMachine(RuleBasedStateMachine):
             # It leaves nothing to do, so it must be rare.
             return
         live = [model for model in self.models.values() if model.state not in FINAL]
-        expected = {state: sum(m.state == state for m in live) for state in ("queued", "running", "delivered")}
+        expected = Counter(model.state for model in live)
         assert self.run(self.bench.tickets.close(self.epoch, "cancelled")) == expected
         for model in live:
             model.to("cancelled")
@@ -167,7 +185,7 @@ class QueueMachine(RuleBasedStateMachine):
             model = self.models[claim.ticket.ref.key]
             assert model.state in ("queued", "running")
             assert claim.attempt == model.attempt + 1
-            model.attempt, model.tries = claim.attempt, model.tries + 1
+            model.attempt, model.tries, model.site = claim.attempt, model.tries + 1, ""
             assert model.tries <= MAX_ATTEMPTS
             model.to("running")
         return multiple(*found)
@@ -181,7 +199,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(target=claims, actor=ACTORS)
     def take_over(self, actor: str):
-        running = {key: model for key, model in self.models.items() if model.state == "running"}
+        running = {key: model for key, model in self.models.items() if model.state == "running" and not model.site}
         found = self.run(self.bench.tickets.take_over(actor, 1000, 0))
         expected = {key for key, model in running.items() if model.tries < MAX_ATTEMPTS}
         assert {claim.ticket.ref.key for claim in found} == expected
@@ -193,6 +211,21 @@ class QueueMachine(RuleBasedStateMachine):
     def renew(self, actor: str, held: list[Claim]) -> None:
         assert self.run(self.bench.tickets.renew(actor, held)) == [claim for claim in held if not self.holds(claim)]
 
+    @rule(claim=claims, index=st.integers(0, 2))
+    def journal(self, claim: Claim, index: int) -> None:
+        model, journal = self.models[claim.ticket.ref.key], Journal(self.client, self.bench.job)
+        turn = f"{claim.attempt} {index}".encode()
+        if not self.holds(claim):
+            with pytest.raises(Fenced):
+                self.run(journal.append(claim, index, turn))
+        elif index > len(model.journal):
+            with pytest.raises(Rejected, match="gap"):
+                self.run(journal.append(claim, index, turn))
+        else:
+            self.run(journal.append(claim, index, turn))
+            model.journal[index:] = [turn]
+        assert self.run(journal.read(claim)) == model.journal
+
     @rule(claim=claims, contents=st.lists(st.sampled_from([b"a", b"b"]), min_size=1, max_size=3))
     def deliver(self, claim: Claim, contents: list[bytes]) -> None:
         for content in contents:
@@ -201,7 +234,7 @@ class QueueMachine(RuleBasedStateMachine):
     def deliver_one(self, claim: Claim, content: bytes) -> None:
         model = self.models[claim.ticket.ref.key]
         repeat = model.state == "delivered" and model.payload == content
-        if not self.holds(claim) and not repeat:
+        if not self.may_deliver(claim) and not repeat:
             with pytest.raises(Fenced):
                 self.run(self.bench.rollouts.deliver(claim, content))
             return
@@ -217,6 +250,7 @@ class QueueMachine(RuleBasedStateMachine):
         if held:
             model = self.models[claim.ticket.ref.key]
             model.tries -= drain
+            model.journal = model.journal if drain else []
             model.to("attempts_exhausted" if model.tries >= MAX_ATTEMPTS else "queued")
 
     @rule(claim=claims)
@@ -225,6 +259,96 @@ class QueueMachine(RuleBasedStateMachine):
         self.run(self.bench.tickets.reject(claim, "too_long", ""))
         if held:
             self.models[claim.ticket.ref.key].to("too_long")
+
+    # -- a rollout site ----------------------------------------------------------------------------------------------
+
+    def leased(self, found: list[Claim], *, counts: bool):
+        for claim in found:
+            model = self.models[claim.ticket.ref.key]
+            assert claim.attempt == model.attempt + 1
+            model.attempt, model.tries, model.site = claim.attempt, model.tries + counts, self.site_of[claim.fence]
+            model.journal = []
+            model.to("running")
+        return multiple(*found)
+
+    @rule(target=claims, site=SITES, count=st.integers(1, 3))
+    def lease(self, site: str, count: int):
+        queued = [model for model in self.models.values() if model.state == "queued"]
+        exhausted = {id(model) for model in queued if model.tries >= MAX_ATTEMPTS}
+        assert not exhausted
+        found = self.run(self.bench_of(site).lease(count))
+        assert len(found) == min(count, len(queued))
+        self.site_of |= {claim.fence: site for claim in found}
+        return self.leased(found, counts=True)
+
+    @rule(target=claims, site=SITES, keys=st.lists(st.integers(0, 30), max_size=4, unique=True))
+    def adopt(self, site: str, keys: list[int]):
+        names = [name for number, name in enumerate(self.models) if number in keys]
+        queued = {name for name in names if self.models[name].state == "queued"}
+        found = self.run(self.bench_of(site).adopt([*names, "998.0"]))
+        assert {claim.ticket.ref.key for claim in found} == queued
+        self.site_of |= {claim.fence: site for claim in found}
+        return self.leased(found, counts=False)
+
+    @rule(site=SITES, spooled=st.booleans(), chosen=st.lists(claims, max_size=4, unique_by=lambda claim: claim.fence))
+    def renew_site(self, site: str, spooled: bool, chosen: list[Claim]) -> None:
+        chosen = [claim for claim in chosen if self.site_of.get(claim.fence) == site]
+        held = [claim for claim in chosen if self.holds(claim)]
+        lost = self.run(self.bench_of(site).renew([(claim, spooled) for claim in chosen]))
+        assert lost == [claim for claim in chosen if claim not in held]
+        for claim in held:
+            self.models[claim.ticket.ref.key].to("spooled" if spooled else "running")
+
+    @rule(site=SITES)
+    def what_a_site_holds(self, site: str) -> None:
+        held = {claim.fence for claim in self.run(self.bench_of(site).held())}
+        assert held == {fence for fence, owner in self.site_of.items() if owner == site and self.fence_holds(fence)}
+
+    def fence_holds(self, fence: tuple[str, int, str]) -> bool:
+        model = self.models[fence[0]]
+        return model.state in ("running", "spooled") and model.attempt == fence[1]
+
+    @rule(target=claims, site=SITES)
+    def lease_what_ran_out(self, site: str):
+        """With nothing queued, every leased ticket is offered anew, for here each lease has run out."""
+        if any(model.state == "queued" for model in self.models.values()):
+            return multiple()
+        out = {key: model for key, model in self.models.items() if model.site and model.state in ("running", "spooled")}
+        expected = {key for key, model in out.items() if model.tries < MAX_ATTEMPTS}
+        found = self.run(self.bench_of(site, lease_ms=0).lease(1000))
+        assert {claim.ticket.ref.key for claim in found} == expected
+        for key in out.keys() - expected:
+            out[key].to("attempts_exhausted")
+        self.site_of |= {claim.fence: site for claim in found}
+        return self.leased(found, counts=True)
+
+    @rule(really=st.integers(0, 2))
+    def expire(self, really: int) -> None:
+        if really:
+            return
+        out = [model for model in self.models.values() if model.site and model.state in ("running", "spooled")]
+        assert self.run(site_leases.expire(self.client, self.bench.job, 0, max_attempts=MAX_ATTEMPTS)) == len(out)
+        for model in out:
+            model.to("queued" if model.tries < MAX_ATTEMPTS else "attempts_exhausted")
+
+    def bench_of(self, site: str, lease_ms: int = 3_600_000) -> SiteLeases:
+        return SiteLeases(self.client, self.bench.job, site, max_attempts=MAX_ATTEMPTS, lease_ms=lease_ms)
+
+    @rule()
+    def reconcile(self) -> None:
+        """The counts made anew from what is there are those that were."""
+        before = self.run(self.bench.ledger.counts())
+        finals = {
+            (site, state): number
+            for site, states in before.by_site.items()
+            for state, number in states.items()
+            if state in FINAL
+        }
+        for given in (None, finals):
+            assert self.run(self.bench.rollouts.reconcile(self.epoch, given)) == before.issued
+            assert self.run(self.bench.ledger.counts()) == before
+        ended = {key for key, model in self.models.items() if model.state in FINAL}
+        assert self.run(self.bench.rollouts.covered(list(self.models))) == ended
 
     # -- what must hold ----------------------------------------------------------------------------------------------
 

@@ -43,13 +43,21 @@ async def test_of_two_attempts_only_the_holder_delivers(bench):
     assert await bench.states() == {"delivered": 1}
 
 
-async def test_an_attempt_that_was_given_back_cannot_deliver(bench):
-    await bench.issued(1)
-    (claim,) = await bench.tickets.claim("actor-0", 1, 0)
-    await bench.tickets.give_back(claim, "drain")
+async def test_a_late_rollout_is_taken_while_nobody_has_started_anew(bench):
+    await bench.issued(2)
+    first, second = await bench.tickets.claim("actor-0", 2, 0)
+    await bench.tickets.give_back(first, "drain")
+    await bench.tickets.give_back(second, "drain")
+    assert await bench.rollouts.deliver(first, b"late")
+    assert await bench.states() == {"queued": 1, "delivered": 1}
+    (anew,) = await bench.tickets.claim("actor-1", 8, 0)
+    assert anew.ticket.ref == second.ticket.ref
     with pytest.raises(Fenced):
-        await bench.rollouts.deliver(claim, b"late")
-    assert await bench.states() == {"queued": 1}
+        await bench.rollouts.deliver(second, b"late")
+    await bench.tickets.give_back(anew, "drain")
+    with pytest.raises(Fenced):
+        await bench.rollouts.deliver(second, b"late")
+    assert await bench.states() == {"queued": 1, "delivered": 1}
 
 
 @pytest.mark.parametrize("size", [0, 100, 100_000, 5_000_000])
@@ -196,11 +204,25 @@ async def test_a_payload_that_did_not_survive_its_way_is_handed_on_empty(bench, 
     epoch = await deliver_all(bench, 1)
     ((entry, fields),) = await bench.redis.xrange(bench.keys.rollouts)
     await bench.redis.xdel(bench.keys.rollouts, entry)
-    await bench.redis.xadd(bench.keys.rollouts, fields | {key.encode(): value for key, value in change.items()})
+    changed = await bench.redis.xadd(
+        bench.keys.rollouts, fields | {key.encode(): value for key, value in change.items()}
+    )
+    await bench.redis.hset(f"{bench.keys.ticket_prefix}0.0", "rollout", changed)
     (delivery,) = await bench.rollouts.read(8, 0)
     assert (delivery.ticket_key, delivery.payload, delivery.final_reason) == ("0.0", b"", None)
     await bench.rollouts.dead_letter(epoch, delivery, "malformed", "")
     assert await bench.states() == {"rejected": 1}
+
+
+async def test_an_entry_that_nobody_delivered_is_set_aside_and_its_ticket_goes_on(bench):
+    epoch = await bench.issued(1)
+    (claim,) = await bench.tickets.claim("actor-0", 1, 0)
+    forged = {"schema": "1", "codec": "plain", "sha256": "00", "key": "0.0", "attempt": "1", "payload": b"forged"}
+    await bench.redis.xadd(bench.keys.rollouts, forged)
+    (delivery,) = await bench.rollouts.read(8, 0)
+    assert await bench.rollouts.dead_letter(epoch, delivery, "malformed", "") is False
+    assert await bench.states() == {"running": 1}
+    assert await bench.rollouts.deliver(claim, b"genuine")
 
 
 async def test_an_entry_of_nobody_is_dropped(bench):

@@ -6,6 +6,7 @@ Events are kept for a while, not for ever: the stream holds about the newest 200
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from redis.asyncio import Redis
 
@@ -16,6 +17,7 @@ from longshore.types import JobRef
 
 MAX_EVENTS = 20_000
 MAX_EVENT_BYTES = 256 * 1024
+_MAX_REQUEUES_READ = 1000
 
 
 class JobChannel:
@@ -48,6 +50,18 @@ class JobChannel:
             found = await self._redis.xread({self._keys.events: after}, count=count, block=block)
         entries = broker.entries_of(found, self._keys.events)
         return [(entry_id, json.loads(fields[b"json"])) for entry_id, fields in entries]
+
+    async def requeues(self) -> list[tuple[str, bytes]]:
+        """(id, serialised Task) of every task that people want attempted again, oldest first; see DeadLetters."""
+        with broker.reaching():
+            found = await self._redis.xrange(self._keys.requeues, count=_MAX_REQUEUES_READ)
+        return [(entry_id, fields.get(b"task", b"")) for entry_id, fields in broker.entries(found)]
+
+    async def drop_requeues(self, ids: Sequence[str]) -> None:
+        """Forgets wishes whose groups a durable checkpoint contains."""
+        if ids:
+            with broker.reaching():
+                await self._redis.xdel(self._keys.requeues, *ids)
 
     async def command(self, name: str) -> None:
         """Leaves a command, for example "cancel", in place of an earlier one."""

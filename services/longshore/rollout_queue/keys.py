@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from longshore.types import JobRef
 
-# Consumer groups: every actor of a site is a consumer of the first, the learner is the only one of the second.
+# Consumer groups: every actor of a site is a consumer of the first, every site that leases tickets one of the second;
+# the learner is the only one of the third (at a rollout site: the relay).
 ACTORS = "actors"
+SITES = "sites"
 LEARNER = "learner"
 
 
@@ -28,7 +30,7 @@ def job_prefix(job: JobRef) -> str:
 
 @dataclass(frozen=True)
 class JobKeys:
-    """The keys that one job uses at one site."""
+    """The keys that one job uses for the queue of one site: two sites may share a broker."""
 
     job: JobRef
     site: str = "home"
@@ -36,31 +38,46 @@ class JobKeys:
     @property
     def tickets(self) -> str:
         """Stream of tickets to work on."""
-        return f"{job_prefix(self.job)}tickets:{self.site}"
+        return self._own("tickets")
+
+    @property
+    def leased(self) -> str:
+        """Stream of tickets that other sites have under their leases."""
+        return self._own("leased")
 
     @property
     def rollouts(self) -> str:
         """Stream of rollouts and final notices for the learner."""
-        return f"{job_prefix(self.job)}rollouts:{self.site}"
+        return self._own("rollouts")
 
     @property
     def active(self) -> str:
         """Set of the ticket keys that are not final."""
-        return f"{job_prefix(self.job)}active:{self.site}"
+        return self._own("active")
 
     @property
     def counts(self) -> str:
-        """Hash of `issued` and `state:<name>`."""
-        return f"{job_prefix(self.job)}counts"
+        """Hash of `issued`, `bytes` (of rollouts in the stream) and `state:<name>@<site>`."""
+        return self._own("counts")
 
     @property
     def epoch(self) -> str:
-        return f"{job_prefix(self.job)}epoch"
+        return self._own("epoch")
 
     @property
     def dead(self) -> str:
         """Stream of dead letters, bounded."""
-        return f"{job_prefix(self.job)}dead"
+        return self._own("dead")
+
+    @property
+    def reconciled(self) -> str:
+        """The incarnation of the broker with which the learner has reconciled."""
+        return self._own("reconciled")
+
+    @property
+    def requeues(self) -> str:
+        """Stream of tasks that people want attempted again, bounded."""
+        return self._own("requeues")
 
     @property
     def events(self) -> str:
@@ -73,10 +90,22 @@ class JobKeys:
 
     @property
     def ticket_prefix(self) -> str:
-        """A ticket's hash is this and its key."""
-        return f"{job_prefix(self.job)}t:"
+        """A ticket's hash is this and its key; its journal is that and `:journal`."""
+        return self._own("t:")
 
     @property
     def for_functions(self) -> tuple[str, ...]:
         """KEYS of every function in functions.lua, in its order."""
-        return (self.tickets, self.rollouts, self.active, self.counts, self.epoch, self.dead)
+        return (
+            self.tickets,
+            self.leased,
+            self.rollouts,
+            self.active,
+            self.counts,
+            self.epoch,
+            self.dead,
+            self.reconciled,
+        )
+
+    def _own(self, name: str) -> str:
+        return f"{job_prefix(self.job)}{self.site}:{name}"

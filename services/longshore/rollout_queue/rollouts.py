@@ -1,28 +1,38 @@
 """Rollouts on the broker: actors deliver them, the learner reads and acknowledges them.
 
 A rollout is delivered once for a ticket: the first delivery of the attempt that holds it wins. Payloads are bytes
-here; what they mean is checked by who reads them (rpc.convert_rollout). Every method raises BrokerLost (an
-Unavailable) when the broker stays away; all of them can be called again after that.
+here; what they mean is checked by who reads them (rpc.convert_rollout). One too large for the stream goes to object
+storage, where there is one, and its place in the stream holds path and checksum. Every method raises BrokerLost (an
+Unavailable) when the broker stays away, and Unavailable when the storage does; all of them can be called again after
+that.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
 from redis.asyncio import Redis
 
-from longshore.errors import Fenced, IntegrityError, Rejected
+from longshore.errors import Conflict, Fenced, IntegrityError, LongshoreError, NotFound, Rejected
 from longshore.rollout_queue import broker, payload
+from longshore.rollout_queue.blobs import Blobs
 from longshore.rollout_queue.keys import LEARNER, JobKeys
-from longshore.rollout_queue.tickets import MAX_DETAIL, Claim, check_reason, checked
+from longshore.rollout_queue.tickets import MAX_DETAIL, Claim, check_reason, checked, slices
 from longshore.types import JobRef
 
 log = structlog.get_logger()
 
+# Packed payloads above this go to object storage, where there is one.
+INLINE_BYTES = 256 * 1024
+MAX_VERDICT_BYTES = 64 * 1024 * 1024
+_BLOB = "blob+"
 _CALL_ENDS = 500
+_CALL_KEYS = 1000
+# Rollouts of one pipeline: their bytes are in memory twice while they are sent.
+_CALL_BYTES = 8 * 1024 * 1024
 # Bytes that one read aims at, going by the size of the rollouts so far.
 _READ_BYTES = 64 * 1024 * 1024
 # A payload below this is packed on the event loop: a thread would cost more.
@@ -31,10 +41,12 @@ _THREAD_BYTES = 256 * 1024
 
 @dataclass(frozen=True)
 class Delivery:
-    """An entry of the rollouts stream: a rollout, or the notice that its ticket ended without one.
+    """An entry of the rollouts stream: a rollout, a verdict that came after its rollout, or the notice that a ticket
+    ended without one.
 
-    `payload` is None for a notice, whose `final_reason` says why. A payload that did not survive its way (unknown
-    codec, wrong checksum) is b"", which no validation lets pass; its dead letter holds what came.
+    `payload` is None for a verdict (see `verdict`) and for a notice (`final_reason` and `detail` say why). A payload
+    that did not survive its way (unknown codec, wrong checksum) is b"", which no validation lets pass; its dead letter
+    holds what came.
     """
 
     entry_id: str
@@ -42,7 +54,11 @@ class Delivery:
     attempt: int
     payload: bytes | None
     final_reason: str | None
+    # The site whose actor made it.
     site: str
+    awaiting_verdict: bool = False
+    verdict: bytes | None = None
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,38 +71,102 @@ class End:
 
 
 class RolloutQueue:
-    """The rollouts of one job from one site. The learner has one instance a life; actors may share one."""
+    """The rollouts of one job in the queue of one site. The learner has one instance a life; actors may share one.
 
-    def __init__(self, redis: Redis, job: JobRef, site: str = "home") -> None:
+    `maker` is the site that delivers, where it is not the queue's own: a relay's, for the home queue.
+    """
+
+    def __init__(
+        self, redis: Redis, job: JobRef, site: str = "home", *, blobs: Blobs | None = None, maker: str = ""
+    ) -> None:
         self._redis = redis
+        self._job = job
         self._keys = JobKeys(job, site)
+        self._blobs = blobs
+        self._maker = maker
         # Newest entry that this instance has handed out.
         self._handed_out = "0"
         self._mean_bytes = 16 * 1024
+        # Blobs of entries that were handed out, to be deleted with them.
+        self._blob_of: dict[str, str] = {}
 
     # -- actor -------------------------------------------------------------------------------------------------------
 
-    async def deliver(self, claim: Claim, rollout: bytes) -> bool:
+    async def deliver(self, claim: Claim, rollout: bytes, awaiting_verdict: bool = False) -> bool:
         """Hands a rollout in and closes the lease, in one act.
+
+        Taken too when the lease has run out and nobody has started anew, also because the broker lost its tail.
 
         Returns:
             True: delivered now. False: these very bytes had been delivered before; harmless.
 
         Raises:
-            Fenced: another attempt holds or delivered the ticket, or it has ended. The rollout is of no use.
+            Fenced: another attempt holds or delivered the ticket, or the broker does not know it: it has ended, or the
+                broker lost its tail (then `covered` does not name it, and it may be delivered again later).
+            Rejected: `oversized`.
+            BrokerFull: its memory is full; worth waiting for.
+        """
+        (outcome,) = await self.deliver_many([(claim, rollout, awaiting_verdict)])
+        if isinstance(outcome, LongshoreError):
+            raise outcome
+        return outcome
+
+    async def deliver_many(self, rollouts: Sequence[tuple[Claim, bytes, bool]]) -> list[bool | LongshoreError]:
+        """`deliver` of each (claim, rollout, whether it awaits its verdict), in few round trips. Each stands by itself.
+
+        Returns:
+            For each what `deliver` would return, or raise for this rollout alone.
+        """
+        outcomes: list[bool | LongshoreError] = []
+        calls: list[tuple[int, tuple[str | bytes | int, ...]]] = []
+        size = 0
+        for claim, rollout, awaiting in rollouts:
+            outcomes.append(False)
+            try:
+                packed = await self._packed(claim, rollout)
+            except Rejected as error:
+                outcomes[-1] = error
+                continue
+            if calls and size + len(packed.data) > _CALL_BYTES:
+                await self._send(calls, rollouts, outcomes)
+                calls, size = [], 0
+            parts = (*claim.fence, packed.sha256, packed.codec, "1" if awaiting else "0", self._maker, packed.data)
+            calls.append((len(outcomes) - 1, parts))
+            size += len(packed.data)
+        if calls:
+            await self._send(calls, rollouts, outcomes)
+        return outcomes
+
+    async def deliver_verdict(self, ticket_key: str, verdict: bytes) -> None:
+        """Hands in the verdict that a delivered rollout awaits.
+
+        Raises:
+            NotFound: the ticket is not out: it was never issued, or has ended.
+            Conflict: it awaits no verdict.
             Rejected: `oversized`.
         """
-        if len(rollout) < _THREAD_BYTES:
-            packed = payload.encode(rollout)
-        else:
-            packed = await asyncio.to_thread(payload.encode, rollout)
-        reply = await broker.call(
-            self._redis, self._keys, "deliver", *claim.fence, packed.sha256, packed.codec, packed.data
-        )
-        if reply in (b"gone", b"taken"):
-            why = "has ended" if reply == b"gone" else "is no longer held by this attempt"
-            raise Fenced(f"ticket {claim.ticket.ref.key}, attempt {claim.attempt}: it {why}")
-        return bool(reply == b"delivered")
+        if len(verdict) > MAX_VERDICT_BYTES:
+            raise Rejected(
+                "oversized", f"the verdict has {len(verdict)} bytes, at most {MAX_VERDICT_BYTES} are allowed"
+            )
+        reply = await broker.call(self._redis, self._keys, "verdict", ticket_key, verdict)
+        if reply == b"gone":
+            raise NotFound(f"ticket {ticket_key} is not out: it was never issued, or it has ended")
+        if reply == b"taken":
+            raise Conflict(f"ticket {ticket_key} awaits no verdict")
+
+    async def covered(self, ticket_keys: Sequence[str]) -> set[str] | None:
+        """Those whose end the learner's durable checkpoint contains: what is spooled of them may be forgotten.
+
+        None while the learner has not reconciled with this incarnation of the broker: nothing may be forgotten.
+        """
+        found: set[str] = set()
+        for chunk in slices(ticket_keys, _CALL_KEYS):
+            reply = await broker.call(self._redis, self._keys, "covered", *chunk)
+            if reply[0] == b"unreconciled":
+                return None
+            found.update(key for key, has_ended in zip(chunk, reply, strict=True) if has_ended)
+        return found
 
     # -- learner -----------------------------------------------------------------------------------------------------
 
@@ -128,17 +208,86 @@ class RolloutQueue:
                 check_reason(end.outcome)
                 parts += (end.entry_id or "", end.ticket_key, end.outcome)
             checked(await broker.call(self._redis, self._keys, "acknowledge", epoch, *parts), epoch)
+        await self._forget_blobs([end.entry_id for end in ends if end.entry_id])
 
-    async def dead_letter(self, epoch: int, delivery: Delivery, reason: str, detail: str) -> None:
-        """Ends a ticket as `rejected` whose rollout failed validation, and keeps a copy for people. Idempotent.
+    async def dead_letter(self, epoch: int, delivery: Delivery, reason: str, detail: str, task: bytes = b"") -> bool:
+        """Sets an entry aside that failed validation, with a copy for people. Idempotent.
+
+        Returns:
+            Whether its ticket has ended with it, as `rejected` unless it had ended before. False: the entry was not
+            the one that the ticket's holder delivered (a forgery, a repeat), so the ticket goes on without it.
 
         Raises:
             Fenced: a newer epoch is open.
         """
-        parts = (delivery.entry_id, delivery.ticket_key, reason[:MAX_DETAIL], detail[:MAX_DETAIL])
-        checked(await broker.call(self._redis, self._keys, "dead_letter", epoch, *parts), epoch)
+        parts = (delivery.entry_id, delivery.ticket_key, reason[:MAX_DETAIL], detail[:MAX_DETAIL], task)
+        reply = checked(await broker.call(self._redis, self._keys, "dead_letter", epoch, *parts), epoch)
+        self._blob_of.pop(delivery.entry_id, None)
+        return bool(reply[0])
+
+    async def reconcile(self, epoch: int, finals: Mapping[tuple[str, str], int] | None) -> int:
+        """Makes the broker's counts anew from the tickets that it knows and the final counts given by (site, outcome);
+        None: those that it has. From then on `covered` answers.
+
+        To be called at the learner's start and after a new incarnation of the broker: when every ticket still out has
+        been issued again, and a durable checkpoint contains all that ended. Returns how many tickets were issued.
+
+        Raises:
+            Fenced: a newer epoch is open.
+        """
+        parts: list[str | int] = ["kept" if finals is None else "given"]
+        for (site, outcome), number in (finals or {}).items():
+            check_reason(outcome)
+            parts += (site, outcome, number)
+        return int(checked(await broker.call(self._redis, self._keys, "reconcile", epoch, *parts), epoch)[0])
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    async def _packed(self, claim: Claim, rollout: bytes) -> payload.Packed:
+        """A rollout as it goes into the stream: itself, or the path under which it lies in the storage."""
+        if len(rollout) < _THREAD_BYTES:
+            return payload.encode(rollout)
+        packed = await asyncio.to_thread(payload.encode, rollout)
+        if self._blobs is None or len(packed.data) <= INLINE_BYTES:
+            return packed
+        # The path holds all that makes a delivery the same one, so a repeated delivery writes the same object.
+        path = f"{self._job}/rollouts/{claim.ticket.ref.key}/{claim.attempt}/{packed.sha256}"
+        await self._blobs.put(path, packed.data)
+        return payload.Packed(_BLOB + packed.codec, path.encode(), packed.sha256)
+
+    async def _send(
+        self,
+        calls: Sequence[tuple[int, tuple[str | bytes | int, ...]]],
+        rollouts: Sequence[tuple[Claim, bytes, bool]],
+        outcomes: list[bool | LongshoreError],
+    ) -> None:
+        if len(calls) == 1:
+            replies = [await broker.call(self._redis, self._keys, "deliver", *calls[0][1])]
+        else:
+            replies = await broker.call_many(self._redis, self._keys, "deliver", [parts for _, parts in calls])
+        for (index, _), reply in zip(calls, replies, strict=True):
+            outcomes[index] = _outcome(rollouts[index][0], reply)
+
+    async def _unpacked(self, codec: str, data: bytes, sha256: str) -> bytes:
+        if codec.startswith(_BLOB):
+            if self._blobs is None:
+                raise Rejected("blob", "it lies in an object storage that this process was not given")
+            codec = codec.removeprefix(_BLOB)
+            path = data.decode(errors="replace")
+            if not path.startswith(f"{self._job}/rollouts/") or ".." in path:
+                raise Rejected("blob", f"{path[:200]!r} is no place of this job's rollouts")
+            try:
+                data = await self._blobs.get(path, payload.MAX_BYTES)
+            except NotFound as error:
+                raise Rejected("blob", str(error)) from None
+        if len(data) < _THREAD_BYTES:
+            return payload.decode(payload.Packed(codec, data, sha256))
+        return await asyncio.to_thread(payload.decode, payload.Packed(codec, data, sha256))
+
+    async def _forget_blobs(self, entry_ids: Sequence[str]) -> None:
+        paths = [self._blob_of.pop(entry_id) for entry_id in entry_ids if entry_id in self._blob_of]
+        if paths and self._blobs is not None:
+            await self._blobs.delete(paths)
 
     async def _read(self, after: str, count: int, block_ms: int) -> list[broker.Entry]:
         fitting = min(count, max(1, _READ_BYTES // self._mean_bytes))
@@ -150,28 +299,35 @@ class RolloutQueue:
         deliveries = []
         for entry_id, fields in found:
             if b"key" in fields:
-                deliveries.append(self._decode(entry_id, fields))
+                deliveries.append(await self._decode(entry_id, fields))
             else:
                 # Nobody's: no function of ours writes such an entry, so no ticket waits for it.
                 log.error("rollout entry without a ticket", entry=entry_id)
                 await self._drop(entry_id)
         return deliveries
 
-    def _decode(self, entry_id: str, fields: dict[bytes, bytes]) -> Delivery:
-        key, attempt = fields[b"key"].decode(), int(fields.get(b"attempt", b"0"))
-        final = fields.get(b"final")
-        if final is not None:
-            return Delivery(entry_id, key, attempt, None, final.decode(), self._keys.site)
+    async def _decode(self, entry_id: str, fields: dict[bytes, bytes]) -> Delivery:
+        def word(name: bytes) -> str:
+            return fields.get(name, b"").decode(errors="replace")
+
+        key, site = word(b"key"), word(b"site") or self._keys.site
+        attempt = int(word(b"attempt")) if word(b"attempt").isdigit() else 0
+        if b"final" in fields:
+            return Delivery(entry_id, key, attempt, None, word(b"final"), site, detail=word(b"detail"))
+        if b"verdict" in fields:
+            return Delivery(entry_id, key, attempt, None, None, site, verdict=fields[b"verdict"])
         body = b""
         try:
             if (schema := fields.get(b"schema")) != b"1":
                 raise Rejected("schema", f"unknown schema {schema!r}")
-            codec, sha256 = (fields.get(name, b"").decode(errors="replace") for name in (b"codec", b"sha256"))
-            body = payload.decode(payload.Packed(codec, fields.get(b"payload", b""), sha256))
+            data = fields.get(b"payload", b"")
+            body = await self._unpacked(word(b"codec"), data, word(b"sha256"))
+            if word(b"codec").startswith(_BLOB):
+                self._blob_of[entry_id] = data.decode()
         except (Rejected, IntegrityError) as error:
             log.error("rollout cannot be read", ticket=key, entry=entry_id, reason=str(error))
         self._mean_bytes += (len(body) - self._mean_bytes) // 8
-        return Delivery(entry_id, key, attempt, body, None, self._keys.site)
+        return Delivery(entry_id, key, attempt, body, None, site, awaiting_verdict=fields.get(b"awaiting") == b"1")
 
     async def _drop(self, entry_id: str) -> None:
         with broker.reaching():
@@ -182,3 +338,12 @@ class RolloutQueue:
 def _order(entry_id: str) -> tuple[int, int]:
     milliseconds, _, sequence = entry_id.partition("-")
     return int(milliseconds), int(sequence or 0)
+
+
+def _outcome(claim: Claim, reply: object) -> bool | LongshoreError:
+    if isinstance(reply, LongshoreError):
+        return reply
+    if reply in (b"gone", b"taken"):
+        why = "is not known: it has ended" if reply == b"gone" else "is no longer held by this attempt"
+        return Fenced(f"ticket {claim.ticket.ref.key}, attempt {claim.attempt}: it {why}")
+    return reply == b"delivered"

@@ -7,8 +7,10 @@ can be called again after that.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -32,9 +34,14 @@ DRAIN = "drain"
 ATTEMPTS_EXHAUSTED = "attempts_exhausted"
 MALFORMED = "malformed"
 TRAINED = "trained"
+FORWARDED = "forwarded"
+LEASE_LOST = "lease_lost"
 LIVE_STATES = ("queued", "running", "spooled", "awaiting_verdict", "delivered")
 
 MAX_TICKET_BYTES = 4 * 1024 * 1024
+# Rollouts that may wait for the learner on one broker before actors get no more tickets.
+MAX_QUEUE_BYTES = 256 * 1024 * 1024
+_LOOK_S = 0.25
 MAX_DETAIL = 1000
 # Bounds of one function call, which holds the broker while it runs.
 _CALL_TICKETS = 500
@@ -64,7 +71,14 @@ class TicketQueue:
     """The tickets of one job at one site."""
 
     def __init__(
-        self, redis: Redis, job: JobRef, site: str = "home", *, max_attempts: int = 5, lease_ms: int = 15_000
+        self,
+        redis: Redis,
+        job: JobRef,
+        site: str = "home",
+        *,
+        max_attempts: int = 5,
+        lease_ms: int = 15_000,
+        max_queue_bytes: int = MAX_QUEUE_BYTES,
     ) -> None:
         assert max_attempts >= 1
         self._redis = redis
@@ -72,6 +86,8 @@ class TicketQueue:
         self._keys = JobKeys(job, site)
         self._max_attempts = max_attempts
         self._lease_ms = lease_ms
+        self._max_queue_bytes = max_queue_bytes
+        self._looked = 0.0
         self._scan = "0-0"
 
     async def setup(self) -> None:
@@ -110,7 +126,7 @@ class TicketQueue:
         """Ends every ticket that is not final with `reason`; later claims find nothing, later delivers are fenced.
 
         Returns:
-            How many ended, by the state that they were in.
+            How many ended, by the state that they were in, where there were any.
 
         Raises:
             Fenced: a newer epoch is open.
@@ -128,7 +144,13 @@ class TicketQueue:
     # -- actor -------------------------------------------------------------------------------------------------------
 
     async def claim(self, actor: str, count: int, block_ms: int) -> list[Claim]:
-        """Claims up to `count` queued tickets; waits for the first up to `block_ms` (at most 10 s; 0: not at all)."""
+        """Claims up to `count` queued tickets; waits for the first up to `block_ms` (at most 10 s; 0: not at all).
+
+        None while more than `max_queue_bytes` of rollouts wait on the broker: whoever makes more has to wait (law 9).
+        """
+        if await self._is_full():
+            await asyncio.sleep(min(block_ms, broker.MAX_BLOCK_MS) / 1000)
+            return []
         found = await broker.read_group(
             self._redis, self._keys, self._keys.tickets, ACTORS, actor, ">", count, block_ms
         )
@@ -151,7 +173,7 @@ class TicketQueue:
     async def renew(self, actor: str, claims: Sequence[Claim]) -> list[Claim]:
         """Keeps the leases of `claims` for another lease time. Returns those that are lost: stop work on them."""
         lost: list[Claim] = []
-        for chunk in _slices(claims, _CALL_TICKETS):
+        for chunk in slices(claims, _CALL_TICKETS):
             fences = [part for claim in chunk for part in claim.fence]
             kept = await broker.call(self._redis, self._keys, "renew", actor, *fences)
             lost.extend(claim for claim, is_kept in zip(chunk, kept, strict=True) if not is_kept)
@@ -160,8 +182,8 @@ class TicketQueue:
     async def give_back(self, claim: Claim, reason: str) -> None:
         """Returns a ticket to the queue at once; without attempts left it ends as attempts_exhausted.
 
-        The reason DRAIN says that the attempt was not at fault: it does not count. Does nothing when the claim is no
-        longer held.
+        The reason DRAIN says that the attempt was not at fault: it does not count, and its journal is kept for the
+        next. Does nothing when the claim is no longer held.
         """
         counts = "0" if reason == DRAIN else "1"
         await broker.call(
@@ -177,6 +199,18 @@ class TicketQueue:
         await self._reject(claim.fence, reason, detail)
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    async def _is_full(self) -> bool:
+        """Looks now and then: a few rollouts over the limit do no harm, a round trip for each claim would."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_S:
+            return False
+        with broker.reaching():
+            waiting = await self._redis.hget(self._keys.counts, "bytes")
+        if waiting is not None and int(waiting) > self._max_queue_bytes:
+            return True
+        self._looked = now
+        return False
 
     def _encode(self, ticket: Ticket) -> tuple[str, bytes]:
         assert ticket.ref.job == self._job
@@ -196,28 +230,32 @@ class TicketQueue:
     async def _start(self, actor: str, found: list[broker.Entry]) -> list[Claim]:
         """Turns entries that are this actor's into attempts; leaves out tickets that ended on the way."""
         claims: list[Claim] = []
-        for chunk in _slices(found, _CALL_TICKETS):
+        for chunk in slices(found, _CALL_TICKETS):
             pairs = [part for entry_id, fields in chunk for part in (entry_id, fields.get(b"key", b""))]
             nonce = secrets.token_hex(8)
             attempts = await broker.call(self._redis, self._keys, "start", actor, nonce, self._max_attempts, *pairs)
             for (entry_id, fields), attempt in zip(chunk, attempts, strict=True):
-                if attempt and (claim := await self._decode(entry_id, fields, attempt)):
+                if attempt and (claim := await decode_claim(self._redis, self._keys, entry_id, fields, attempt)):
                     claims.append(claim)
         return claims
 
-    async def _decode(self, entry_id: str, fields: dict[bytes, bytes], attempt: int) -> Claim | None:
-        try:
-            message = ticket_pb2.Ticket.FromString(fields[b"payload"])
-            return Claim(convert.ticket_from_proto(message), attempt, entry_id)
-        except (google.protobuf.message.DecodeError, Rejected) as error:
-            # No actor of this release can work on it, so it must not come back to the queue.
-            key = fields[b"key"].decode(errors="replace")
-            log.error("ticket cannot be read", ticket=key, reason=str(error))
-            await self._reject((key, attempt, entry_id), MALFORMED, str(error))
-            return None
-
     async def _reject(self, fence: tuple[str, int, str], reason: str, detail: str) -> None:
         await broker.call(self._redis, self._keys, "reject", *fence, reason, detail[:MAX_DETAIL])
+
+
+async def decode_claim(
+    redis: Redis, keys: JobKeys, entry_id: str, fields: dict[bytes, bytes], attempt: int
+) -> Claim | None:
+    """A started ticket's claim; None when it cannot be read: then it has been rejected."""
+    try:
+        message = ticket_pb2.Ticket.FromString(fields[b"payload"])
+        return Claim(convert.ticket_from_proto(message), attempt, entry_id)
+    except (google.protobuf.message.DecodeError, Rejected) as error:
+        # No actor of this release can work on it, so it must not come back to the queue.
+        key = fields[b"key"].decode(errors="replace")
+        log.error("ticket cannot be read", ticket=key, reason=str(error))
+        await broker.call(redis, keys, "reject", key, attempt, entry_id, MALFORMED, str(error)[:MAX_DETAIL])
+        return None
 
 
 def checked(reply: list[Any], epoch: int) -> list[Any]:
@@ -233,7 +271,7 @@ def check_reason(reason: str) -> None:
         raise ValueError(f"not a final reason: {reason!r}")
 
 
-def _slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+def slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
