@@ -25,8 +25,9 @@ $(VENV)/.dev: $(VENV)/.local
 demo: $(VENV)/.local ## install, then train a small model on this machine until its reward has risen
 	$(BIN)/longshore run examples/first-light.yaml
 
+# Two workers, a file at a time: what a file's tests share (a stack, a learner's start) they share in one process.
 test: $(VENV)/.dev ## every test: unit, contract, integration, end to end
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-quick: $(VENV)/.dev ## unit and contract tests only
 	$(BIN)/python -m pytest tests/unit tests/contract
