@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -24,6 +25,8 @@ _STREAM_TIMEOUT = httpx.Timeout(45.0, connect=5.0)
 # A gateway that was killed is back within seconds.
 _AWAY_S = 60.0
 _RETRY_S = 0.5
+# Dead letters a request.
+_PAGE = 200
 
 NO_STACK = "no stack is running here; start one with `longshore up`"
 
@@ -90,6 +93,34 @@ class ApiClient:
             # Away, or draining: a gateway ends its streams before it ends.
             await asyncio.sleep(_RETRY_S)
 
+    async def ledger(self, job_id: str) -> Json:
+        """The state of every ticket, by site. Raises NotFound."""
+        return await self._request("GET", f"/v1/jobs/{_part(job_id)}/ledger")
+
+    async def dead_letters(self, job_id: str) -> AsyncIterator[Json]:
+        """Every dead letter that is kept, oldest first. Raises NotFound."""
+        after = ""
+        while True:
+            path = f"/v1/jobs/{_part(job_id)}/dead-letters"
+            page = (await self._request("GET", path, params={"after": after, "limit": _PAGE}))["letters"]
+            for letter in page:
+                yield letter
+            if len(page) < _PAGE:
+                return
+            after = page[-1]["id"]
+
+    async def dead_letter(self, job_id: str, letter_id: str) -> Json:
+        """One dead letter whole. Raises NotFound."""
+        return await self._request("GET", f"/v1/jobs/{_part(job_id)}/dead-letters/{_part(letter_id)}")
+
+    async def requeue(self, job_id: str, letter_id: str) -> None:
+        """Has a dead letter's task attempted again. Raises NotFound, Conflict."""
+        await self._request("POST", f"/v1/jobs/{_part(job_id)}/dead-letters/{_part(letter_id)}/requeue")
+
+    async def judge(self, job_id: str, verdict: Json) -> None:
+        """Hands in a verdict: {ticket, reward, verifier, breakdown?, reason?}. Raises NotFound, Conflict."""
+        await self._request("POST", f"/v1/jobs/{_part(job_id)}/verdicts", json=verdict)
+
     async def logs(self, job_id: str, service: str | None, tail: int, follow: bool) -> AsyncIterator[str]:
         """Pieces of the job's logs. Raises NotFound, Unavailable."""
         params = {"tail": str(tail), "follow": str(follow).lower()} | ({"service": service} if service else {})
@@ -152,6 +183,11 @@ def connect(state_dir: Path) -> ApiClient:
     except OSError:
         pass
     raise Unavailable(NO_STACK)
+
+
+def _part(name: str) -> str:
+    """A name as one part of a path, whatever is in it."""
+    return quote(name, safe="") or "-"
 
 
 async def _check(response: httpx.Response) -> None:

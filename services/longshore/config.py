@@ -19,6 +19,8 @@ from longshore.errors import Fault, InvalidJobSpec
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, description="1-40 characters of a-z, 0-9 and -")]
 Json = dict[str, object]
+# The site that has the learner; every other one is named in a job's `sites`.
+HOME_SITE = "home"
 
 
 class Spec(BaseModel):
@@ -167,7 +169,7 @@ class WeightsSpec(Spec):
 class ResourcesSpec(Spec):
     """How many processes, and how wide each is."""
 
-    actors: int = Field(2, ge=1, le=1024)
+    actors: int = Field(2, ge=0, le=1024, description="0: the sites below do all the work")
     generators: int = Field(1, ge=1, le=1, description="more than one comes with load balancing in the actor")
     verifiers: int = Field(1, ge=1, le=1, description="each has `verifier_workers` scoring processes")
     rollouts_per_actor: int = Field(64, ge=1, le=4096)
@@ -176,6 +178,18 @@ class ResourcesSpec(Spec):
     threads: int = Field(1, ge=1, le=1024, description="torch threads of the learner and of each generator")
     actor_lease_s: float = Field(15.0, ge=1, le=3600)
     max_attempts: int = Field(5, ge=1, le=100, description="attempts at a ticket before it is a dead letter")
+
+
+class SiteSpec(Spec):
+    """A rollout site: a broker, a relay, a generator, a verifier and actors of its own."""
+
+    name: Name
+    actors: int = Field(1, ge=1, le=1024)
+    rollouts_per_actor: int | None = Field(None, ge=1, le=4096, description="absent: as in resources")
+    generator_slots: int | None = Field(None, ge=1, le=4096, description="absent: as in resources")
+    allowance: int | None = Field(
+        None, ge=1, le=1_000_000, description="tickets that it may hold at a time; absent: twice what it works on"
+    )
 
 
 class JobSpec(Spec):
@@ -194,6 +208,15 @@ class JobSpec(Spec):
     evaluation: EvaluationSpec = EvaluationSpec()
     weights: WeightsSpec = WeightsSpec()
     resources: ResourcesSpec = ResourcesSpec()
+    sites: tuple[SiteSpec, ...] = Field((), max_length=64, description="rollout sites beside the home site")
+
+    def resources_at(self, site: str) -> ResourcesSpec:
+        """What the processes of a site have to themselves."""
+        for spec in self.sites:
+            if spec.name == site:
+                own = spec.model_dump(include={"actors", "rollouts_per_actor", "generator_slots"}, exclude_none=True)
+                return self.resources.model_copy(update=own)
+        return self.resources
 
     @model_validator(mode="after")
     def _parts_fit(self) -> JobSpec:
@@ -212,9 +235,19 @@ class JobSpec(Spec):
             faults.append(
                 f"train.warmup_steps {self.train.warmup_steps} must not exceed train.steps {self.train.steps}"
             )
+        faults += self._site_faults()
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _site_faults(self) -> list[str]:
+        names = [site.name for site in self.sites]
+        faults = [f"sites: the name {name!r} is there twice" for name in sorted(set(names)) if names.count(name) > 1]
+        if HOME_SITE in names:
+            faults.append(f"sites: {HOME_SITE!r} is the home site's name")
+        if not self.resources.actors and not names:
+            faults.append("resources.actors 0 needs sites: nobody would make rollouts")
+        return faults
 
 
 def parse_job(document: object) -> JobSpec:

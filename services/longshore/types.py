@@ -123,6 +123,8 @@ class Ticket:
     # Unix seconds.
     issued_at: float
     version: VersionConstraint | None = None
+    # Of the prompt's token ids, by rpc.token_columns.prompt_digest; empty: rollouts carry their prompt.
+    prompt_digest: bytes = b""
 
 
 @dataclass(frozen=True)

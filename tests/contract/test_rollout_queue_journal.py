@@ -43,7 +43,7 @@ async def test_a_gap_is_refused(bench, journal):
         await journal.append(claim, 1, b"second without a first")
 
 
-@pytest.mark.parametrize(("reason", "kept"), [("drain", 1), ("verifier_failed", 0)])
+@pytest.mark.parametrize(("reason", "kept"), [("drain", 1), ("unavailable", 1), ("verifier_failed", 0)])
 async def test_a_drained_attempt_leaves_its_journal_and_one_at_fault_does_not(bench, journal, reason, kept):
     (claim,) = await claimed(bench)
     await journal.append(claim, 0, b"one")

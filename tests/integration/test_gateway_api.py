@@ -28,6 +28,11 @@ ROUTES = [
     ("GET", "/v1/jobs/x/events"),
     ("GET", "/v1/jobs/x/logs"),
     ("GET", "/v1/jobs/x/summary"),
+    ("GET", "/v1/jobs/x/ledger"),
+    ("POST", "/v1/jobs/x/verdicts"),
+    ("GET", "/v1/jobs/x/dead-letters"),
+    ("GET", "/v1/jobs/x/dead-letters/1-0"),
+    ("POST", "/v1/jobs/x/dead-letters/1-0/requeue"),
 ]
 
 

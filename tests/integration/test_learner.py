@@ -56,7 +56,7 @@ def spec(name: str, tasks: Path, **train: object) -> dict[str, object]:
 class Bench:
     """A broker, a weight store, a simulated site and one job's learner."""
 
-    def __init__(self, folder, private_broker, name, **train) -> None:
+    def __init__(self, folder, private_broker, name, settings, **train) -> None:
         self.folder = folder
         self.broker = private_broker
         self.job = JobRef("default", name)
@@ -78,6 +78,7 @@ class Bench:
             weights=self.weights.address,
             run_dir=self.run_dir,
             signing_key_file=folder / "learner.key",
+            **settings,
         )
         self.site = SimulatedSite(private_broker.url, self.job)
 
@@ -129,10 +130,10 @@ class Bench:
 
 @pytest.fixture
 def make_bench(tmp_path, private_broker):
-    def make(name: str, **train: object) -> Bench:
+    def make(name: str, settings: dict[str, object] | None = None, **train: object) -> Bench:
         folder = tmp_path / name
         folder.mkdir()
-        return Bench(folder, private_broker, name, **train)
+        return Bench(folder, private_broker, name, settings or {}, **train)
 
     return make
 
@@ -188,7 +189,14 @@ async def test_a_broker_killed_twice_loses_nothing(make_bench):
             await asyncio.sleep(0.5)
             bench.broker.start()
         summary = await bench.finished()
-    check_accounts(summary, await bench.broker_counts())
+    counts = await bench.broker_counts()
+    check_accounts(summary, counts)
+    # Whatever the broker forgot, its counts are those of the learner again.
+    assert counts.issued == summary["rollouts_issued"]
+    assert {state: count for state, count in counts.states.items() if count} == {
+        "trained": summary["rollouts_trained"],
+        **summary["rollouts_accounted"],
+    }
 
 
 async def test_a_store_that_restarts_is_waited_for(make_bench):
@@ -259,3 +267,41 @@ async def test_sigterm_leaves_a_checkpoint_and_the_job_goes_on(make_bench):
         bench.learner.start()
         summary = await bench.finished()
     assert summary["steps"] == STEPS
+
+
+def judged_later(ref):
+    """Two of four rollouts go home unscored. One's verdict comes 30 tickets later, the other's 90 later, or never."""
+    if ref.index < 2:
+        return None
+    if ref.index == 2:
+        return 30
+    return 90 if ref.group_id % 7 else 10**9
+
+
+async def test_late_verdicts_are_trained_on_and_survive_a_kill(make_bench):
+    # No checkpoint is due by its number: all are made because of the bytes that wait for one.
+    bench = make_bench("late", {"unacknowledged_mb": 0.03}, checkpoint_every=10_000)
+    bench.site.judged_later = judged_later
+    async with bench.running():
+        await bench.until_step(25)
+        bench.learner.kill()
+        bench.learner.start()
+        summary = await bench.finished()
+        counts = await bench.broker_counts()
+    # The replayed steps had the same late members, and came to the same bits: their versions were published already.
+    assert summary["steps"] == summary["policy_version"] == STEPS
+    assert bench.steps() == list(range(1, STEPS + 1))
+    records = [json.loads(line) for line in (bench.run_dir / "learner" / "batches.jsonl").read_text().splitlines()]
+    last = {record["step"]: record for record in records}
+    uses = [tuple(use) for step in sorted(last) for use in last[step]["uses"]]
+    assert len(uses) == len(set(uses))
+    late = {key for record in last.values() for key in record["late"]}
+    assert len(late) > STEPS
+    accounted = summary["rollouts_accounted"]
+    assert accounted["no_verdict"] > 0
+    assert summary["rollouts_issued"] == summary["rollouts_trained"] + sum(accounted.values())
+    assert counts.balanced
+    assert counts.issued == summary["rollouts_issued"]
+    assert counts.states["trained"] == summary["rollouts_trained"]
+    newest = max((bench.run_dir / "learner" / "checkpoints").glob("checkpoint_*"))
+    assert int(newest.name.rpartition("_")[2]) > 5

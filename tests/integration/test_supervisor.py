@@ -105,6 +105,68 @@ async def test_a_killed_process_is_started_again_on_its_port(supervisor, process
     assert ports[0] == ports[1]
 
 
+async def answers(ready: Ready) -> bool:
+    """As the real probe does: whether the process itself says something, within a time."""
+    host, _, port = ready.address.rpartition(":")
+    try:
+        async with asyncio.timeout(0.2):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            said = await reader.read(2)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return said == b"ok"
+
+
+ANSWER = LISTEN + "while True:\n    client, _ = server.accept()\n    client.sendall(b'ok')\n    client.close()\n"
+
+
+async def test_a_process_that_stops_answering_is_killed_and_started_again(process) -> None:
+    supervisor = Supervisor(answers, replace(RULES, look_every=0.02, max_silent_looks=3))
+    await supervisor.apply("job", [process("a", ANSWER), process("b", ANSWER)])
+    stopped = (await until(supervisor, "job", is_ready)).processes[0]
+    os.kill(stopped.pid, signal.SIGSTOP)
+    status = await until(supervisor, "job", lambda status: status.ready and status.processes[0].restarts == 1)
+    assert status.processes[0].exit_code == -signal.SIGKILL
+    assert not alive(stopped.pid)
+    assert status.processes[1].restarts == 0, "it answered all the time"
+    await supervisor.close(STACK_UNIT)
+
+
+async def test_silence_now_and_then_is_forgiven(process) -> None:
+    looks, many = 0, asyncio.Event()
+
+    async def two_of_three(ready: Ready) -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 100:
+            many.set()
+        return looks % 3 == 1
+
+    supervisor = Supervisor(two_of_three, replace(RULES, look_every=0.001, max_silent_looks=3))
+    await supervisor.apply("job", [process("a", SERVE)])
+    await asyncio.wait_for(many.wait(), DEADLINE_S)
+    assert supervisor.snapshot()[0].processes[0].restarts == 0
+    await supervisor.close(STACK_UNIT)
+
+
+async def test_a_process_that_drains_need_not_answer(process, tmp_path: Path) -> None:
+    """It says that it does not serve, from SIGTERM to its end."""
+    draining = tmp_path / "draining"
+
+    async def until_draining(ready: Ready) -> bool:
+        return await port_open(ready) and not draining.exists()
+
+    supervisor = Supervisor(until_draining, replace(RULES, look_every=0.001, max_silent_looks=1))
+    end = f"def end(*_):\n    open({str(draining)!r}, 'w'); time.sleep(0.5); print('drained'); sys.exit(0)\n"
+    await supervisor.apply(
+        "job", [process("a", f"import signal, sys\n{end}signal.signal(signal.SIGTERM, end)\n" + SERVE)]
+    )
+    status = (await until(supervisor, "job", is_ready)).processes[0]
+    await supervisor.remove("job", "test")
+    assert "drained" in log_of(status)
+
+
 async def test_three_deaths_fail_the_unit_and_stop_the_rest(supervisor, process) -> None:
     await supervisor.apply("other", [process("c", SERVE)])
     await supervisor.apply("job", [process("a", SERVE), process("b", DIE)])

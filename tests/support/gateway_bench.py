@@ -15,6 +15,7 @@ from longshore.client import ApiClient
 from longshore.config import JobSpec, parse_job
 from longshore.errors import Fault, InvalidJobSpec
 from longshore.gateway.app import Api
+from longshore.gateway.books import Books
 from longshore.gateway.driver import Parts
 from longshore.gateway.http_server import serve_http
 from longshore.gateway.jobs import Jobs
@@ -23,7 +24,6 @@ from longshore.gateway.states import JobState
 from longshore.gateway.store import Job, JobStore
 from longshore.gateway.units import Units
 from longshore.launcher.spec import ProcessSpec, ProcessState, ProcessStatus, Ready, ReadyKind, UnitState, UnitStatus
-from longshore.rollout_queue import broker
 from longshore.rollout_queue.channel import JobChannel
 from longshore.types import JobRef
 
@@ -93,9 +93,10 @@ class GatewayBench:
 
     async def start(self) -> None:
         self._stop = asyncio.Event()
+        self.books = Books(self.redis, self.folder / "runs")
         self.store = JobStore(f"sqlite+aiosqlite:///{self.folder / 'jobs.db'}")
         await self.store.open()
-        api = Api(Jobs(self.store, self._check), self.folder / "runs", KEY, self._stop)
+        api = Api(Jobs(self.store, self._check), self.books, self.folder / "runs", KEY, self._stop)
         self._reconciling = asyncio.create_task(Reconciler(self._parts(), self.jobs_since).run(self._stop))
         listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -130,7 +131,7 @@ class GatewayBench:
             units=Units(self.launcher),
             prepare=prepare,
             channel=lambda job: self.channel(job.id),
-            forget=lambda job: broker.forget_job(self.redis, JobRef("default", job.id)),
+            forget=self.books.close,
         )
 
     def channel(self, job_id: str) -> JobChannel:

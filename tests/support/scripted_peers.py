@@ -74,9 +74,11 @@ class ScriptedVerifier(verifier_pb2_grpc.VerifierServiceServicer):
     def __init__(self, *answers: grpc.StatusCode | float | None) -> None:
         self.answers = list(answers)
         self.requests: list[verifier_pb2.VerifyRequest] = []
+        self.asked = asyncio.Event()
 
     async def Verify(self, request: Any, context: Any) -> verifier_pb2.VerifyResponse:
         self.requests.append(request)
+        self.asked.set()
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, grpc.StatusCode):
             await context.abort(answer, f"scripted {answer.name}")

@@ -8,11 +8,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import heapq
+from collections.abc import Callable
+from dataclasses import replace
 
-from longshore.errors import Fenced, Unavailable
+from longshore.errors import Conflict, Fenced, NotFound, Unavailable
 from longshore.rollout_queue import broker
 from longshore.rollout_queue.rollouts import RolloutQueue
 from longshore.rollout_queue.tickets import Claim, TicketQueue
+from longshore.rpc import convert
 from longshore.rpc.convert_rollout import rollout_to_bytes
 from longshore.types import (
     EngineFingerprint,
@@ -24,6 +28,7 @@ from longshore.types import (
     SampledSpan,
     Sampling,
     Segment,
+    TicketRef,
     Turn,
     Verdict,
 )
@@ -42,6 +47,11 @@ class SimulatedSite:
         self.delivered: dict[str, int] = {}
         # Whether every training ticket is refused, as by a verifier that always fails.
         self.refusing = False
+        # Whose rollouts go home without a verdict, which follows after this many further tickets; None: nobody's.
+        self.judged_later: Callable[[TicketRef], int | None] = lambda ref: None
+        self._answered = 0
+        # (when, key), soonest first.
+        self._unjudged: list[tuple[int, str]] = []
 
     async def run(self) -> None:
         while True:
@@ -52,6 +62,7 @@ class SimulatedSite:
                     claims += await self._tickets.take_over("simulated", 16, lease_ms=1000)
                     for claim in claims:
                         await self._answer(claim)
+                        await self._judge()
             except Unavailable:
                 await asyncio.sleep(0.1)
 
@@ -60,9 +71,24 @@ class SimulatedSite:
         if self.refusing and claim.ticket.purpose is Purpose.TRAIN:
             await self._tickets.reject(claim, "verifier_failed", "it always fails")
             return
+        delay = self.judged_later(claim.ticket.ref)
+        rollout = make_rollout(claim)
+        if delay is not None:
+            rollout = replace(rollout, verdicts=())
         with contextlib.suppress(Fenced):
-            if await self._rollouts.deliver(claim, rollout_to_bytes(make_rollout(claim))):
+            if await self._rollouts.deliver(claim, rollout_to_bytes(rollout), awaiting_verdict=delay is not None):
                 self.delivered[key] = self.delivered.get(key, 0) + 1
+                self._answered += 1
+                if delay is not None:
+                    heapq.heappush(self._unjudged, (self._answered + delay, key))
+
+    async def _judge(self) -> None:
+        while self._unjudged and self._unjudged[0][0] <= self._answered:
+            _, key = heapq.heappop(self._unjudged)
+            # One that the job did not wait for any more, or that had its verdict.
+            with contextlib.suppress(NotFound, Conflict):
+                verdict = convert.verdict_to_proto(verdict_on(key)).SerializeToString()
+                await self._rollouts.deliver_verdict(key, verdict)
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -71,7 +97,7 @@ class SimulatedSite:
 def make_rollout(claim: Claim) -> Rollout:
     """Two to five letters and an end; the reward is a hash of the ticket's key, so most groups have signal."""
     ticket = claim.ticket
-    number = int.from_bytes(hashlib.sha256(ticket.ref.key.encode()).digest()[:4], "big")
+    number = _number(ticket.ref.key)
     reply = (*(10 + (number >> shift) % 20 for shift in range(number % 4 + 2)), EOS)
     version = ticket.version.min_version if ticket.version and ticket.version.min_version is not None else 0
     span = SampledSpan(version, tuple(-1.0 - (number >> i) % 7 / 10 for i in range(len(reply))))
@@ -90,5 +116,14 @@ def make_rollout(claim: Claim) -> Rollout:
         finished_at=2.0,
         site="home",
         actor="simulated",
-        verdicts=(Verdict(float(number % 2), "simulated@1"),),
+        verdicts=(verdict_on(ticket.ref.key),),
     )
+
+
+def verdict_on(key: str) -> Verdict:
+    """The verdict on a ticket's rollout, whenever it is given."""
+    return Verdict(float(_number(key) % 2), "simulated@1")
+
+
+def _number(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")

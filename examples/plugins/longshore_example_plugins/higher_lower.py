@@ -9,6 +9,9 @@ from longshore.types import Message, Task
 class HigherLower:
     """One rollout's game. `environment.max_turns` of the job limits the number of guesses."""
 
+    # The same guesses get the same hints: a game whose actor died is played again up to where it was.
+    deterministic = True
+
     def __init__(self, options: dict[str, object]) -> None:
         del options
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import time
@@ -12,13 +11,13 @@ import grpc
 import grpc.aio
 
 from longshore.actor.episode import AttemptFailed, Reply
+from longshore.actor.replies import ReplyBuilder
 from longshore.actor.retry import persist
 from longshore.errors import Rejected, Unavailable
 from longshore.proto.v1 import generator_pb2, generator_pb2_grpc, verdict_pb2, verifier_pb2, verifier_pb2_grpc
 from longshore.rpc import convert
-from longshore.rpc.convert_rollout import engine_from_proto
 from longshore.tasks.verification import ScoreRequest
-from longshore.types import EngineFingerprint, FinishReason, KvMark, SampledSpan, Sampling, Ticket, Verdict
+from longshore.types import Sampling, Ticket, Verdict
 
 _Code = grpc.StatusCode
 # Tries of one score that the verifier itself gave up on: a reply that breaks a scorer breaks it again.
@@ -71,7 +70,7 @@ class GeneratorClient:
         return await persist(once, self._patience_s, self._on_retry)
 
     async def _once(self, request: generator_pb2.GenerateRequest, *, last: bool) -> Reply:
-        builder = _ReplyBuilder()
+        builder = ReplyBuilder()
         try:
             async for event in self._stub.Generate(request, timeout=self._timeout_s):
                 builder.add(event)
@@ -83,40 +82,11 @@ class GeneratorClient:
             if error.code() in (_Code.INTERNAL, _Code.UNKNOWN, _Code.UNIMPLEMENTED) and last:
                 raise AttemptFailed("generator_failed", _text(error)) from None
             raise Unavailable(f"generator: {_text(error)}") from None
-        return builder.reply()
-
-
-class _ReplyBuilder:
-    """Joins a stream's events; neighbours that one version made under one cache become one span."""
-
-    def __init__(self) -> None:
-        self._token_ids: list[int] = []
-        self._spans: list[tuple[tuple[int, int, int | None], list[float]]] = []
-        self._finish: FinishReason | None = None
-        self._engine: EngineFingerprint | None = None
-
-    def add(self, event: generator_pb2.GenerateResponse) -> None:
-        if event.token_ids:
-            oldest = event.kv_min_version if event.HasField("kv_min_version") else None
-            made_by = (event.policy_version, event.kv, oldest)
-            if not self._spans or self._spans[-1][0] != made_by:
-                self._spans.append((made_by, []))
-            self._token_ids.extend(event.token_ids)
-            self._spans[-1][1].extend(event.logprobs)
-        if event.finish:
-            self._finish = convert.finish_from_proto(event.finish)
-        if event.HasField("engine"):
-            self._engine = engine_from_proto(event.engine)
-
-    def reply(self) -> Reply:
-        """Raises Unavailable for a stream that ended early: its tokens are dropped and drawn anew."""
-        if self._finish is None or self._finish is FinishReason.ABORTED or self._engine is None:
+        reply = builder.reply()
+        if reply is None:
+            # Its tokens are dropped and drawn anew.
             raise Unavailable("generator: the reply broke off")
-        spans = [
-            SampledSpan(version, tuple(logprobs), kv=_kv(kv), kv_min_version=oldest)
-            for (version, kv, oldest), logprobs in self._spans
-        ]
-        return Reply(self._token_ids, spans, self._finish, self._engine)
+        return reply
 
 
 class VerifierClient:
@@ -175,8 +145,3 @@ class VerifierClient:
 
 def _text(error: grpc.aio.AioRpcError) -> str:
     return f"{error.code().name}: {error.details()}"
-
-
-@functools.cache
-def _kv(number: int) -> KvMark:
-    return convert.kv_from_proto(number)

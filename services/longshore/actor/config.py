@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from longshore.settings import BrokerSettings, JobProcessSettings
@@ -17,3 +19,7 @@ class ActorSettings(JobProcessSettings, BrokerSettings):
     environment_timeout_s: float = Field(60.0, gt=0, description="seconds that an environment may take for a turn")
     peer_patience_s: float = Field(600.0, gt=0, description="seconds that a generator or verifier may be away")
     broker_patience_s: float = Field(60.0, gt=0, description="seconds that the broker may be away")
+    spool_dir: Path | None = Field(None, description="folder of the spool; it must outlive the process; absent: none")
+    # A rollout has at most 64 MiB, so it always fits into an empty spool.
+    spool_mb: int = Field(512, ge=128, description="bound of the spool on the disk, in MiB")
+    blobs_url: str = Field("", description="file:// or s3:// URL of the site's large rollouts; empty: none")

@@ -1,19 +1,20 @@
 """One attempt at a task, from its first message to its last: turns, segments and spans.
 
-Pure logic: it asks a `Generate` for tokens and a `Surroundings` for answers, and knows nothing of tickets, the broker
-or gRPC. A rollout is one segment: the prompt, then replies and what the environment said, as tokens in their order.
+Pure logic: it asks a `Generate` for tokens and a `Surroundings` for answers, tells a `Keeper` of finished turns, and
+knows nothing of tickets, the broker or gRPC. A rollout is one segment: the prompt, then replies and what the
+environment said, as tokens in their order.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from longshore.errors import ConfigError, LongshoreError, Rejected
-from longshore.tasks.environment import Observation
+from longshore.tasks.environment import Observation, Restoring
 from longshore.tasks.rendering import Renderer
 from longshore.tasks.verification import ScoreRequest
 from longshore.types import (
@@ -51,6 +52,32 @@ class Reply:
     finish: FinishReason
     engine: EngineFingerprint
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether it has tokens, all of them covered by spans."""
+        return bool(self.token_ids) and sum(span.length for span in self.spans) == len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class PlayedTurn:
+    """A finished turn: the tokens given before the reply, the reply, and what the environment answered."""
+
+    given: list[int]
+    reply: Reply
+    observation: Observation
+
+
+@dataclass(frozen=True)
+class Behind:
+    """The part of an episode that is behind already, from its first message on."""
+
+    opening: list[Message]
+    turns: list[PlayedTurn]
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(len(turn.reply.token_ids) for turn in self.turns)
+
 
 class Generate(Protocol):
     """Draws one reply.
@@ -77,9 +104,32 @@ class Verify(Protocol):
 class Surroundings(Protocol):
     """An environment that does not hold up the others while it thinks."""
 
+    @property
+    def restoring(self) -> Restoring: ...
+
     async def start(self, task: Task) -> list[Message]: ...
 
     async def step(self, reply: str) -> Observation: ...
+
+    async def snapshot(self) -> bytes: ...
+
+    async def restore(self, task: Task, snapshot: bytes) -> None: ...
+
+
+class Keeper(Protocol):
+    """Told of what is behind, so that another actor can go on from there. Raises Fenced when one has."""
+
+    def begin(self, opening: list[Message]) -> None: ...
+
+    async def keep(self, turn: PlayedTurn, surroundings: Surroundings) -> None: ...
+
+
+class KeepsNothing:
+    """A keeper for rollouts that cost less than keeping them."""
+
+    def begin(self, opening: list[Message]) -> None: ...
+
+    async def keep(self, turn: PlayedTurn, surroundings: Surroundings) -> None: ...
 
 
 @dataclass
@@ -93,31 +143,21 @@ class Transcript:
     conversation: list[Message] = field(default_factory=list)
     finish: FinishReason = FinishReason.ABORTED
 
-    def give(self, token_ids: list[int]) -> None:
-        """Adds given tokens; none add no span."""
-        if token_ids:
-            self.token_ids.extend(token_ids)
-            self.spans.append(GivenSpan(len(token_ids)))
-
-    def add_reply(self, reply: Reply, text: str) -> None:
-        """Adds a reply as sampled spans and as a message."""
+    def add(self, turn: PlayedTurn, text: str) -> None:
+        """Adds a finished turn, whose reply reads `text`. Raises Rejected when the environment's info cannot travel."""
+        reply = turn.reply
+        if turn.given:
+            self.token_ids.extend(turn.given)
+            self.spans.append(GivenSpan(len(turn.given)))
         if reply.engine not in self.engines:
             self.engines.append(reply.engine)
         engine_index = self.engines.index(reply.engine)
-        self.turns.append(Turn(SEGMENT_ID, len(self.token_ids), len(reply.token_ids), reply.finish))
+        info = _checked_info(turn.observation.info)
+        self.turns.append(Turn(SEGMENT_ID, len(self.token_ids), len(reply.token_ids), reply.finish, info))
         self.token_ids.extend(reply.token_ids)
         self.spans.extend(replace(span, engine_index=engine_index) for span in reply.spans)
         self.conversation.append(Message("assistant", text))
-
-    def observe(self, info: dict[str, object]) -> None:
-        """Notes what the environment said of the newest turn. Raises Rejected when that cannot travel."""
-        try:
-            size = len(json.dumps(info, allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise Rejected("environment", f"the environment's info is not JSON: {error}") from None
-        if size > MAX_TURN_INFO_CHARACTERS:
-            raise Rejected("environment", f"the environment's info has {size} characters for a turn")
-        self.turns[-1] = replace(self.turns[-1], info=info)
+        self.conversation.extend(turn.observation.messages)
 
     @property
     def segment(self) -> Segment:
@@ -131,38 +171,67 @@ class Transcript:
 
 
 async def play(
-    task: Task, sampling: Sampling, max_turns: int, renderer: Renderer, surroundings: Surroundings, generate: Generate
+    task: Task,
+    sampling: Sampling,
+    max_turns: int,
+    renderer: Renderer,
+    surroundings: Surroundings,
+    generate: Generate,
+    keeper: Keeper | None = None,
+    behind: Behind | None = None,
 ) -> Transcript:
     """Plays a task to its end.
+
+    Args:
+        behind: what has been played already; the surroundings must be in the state after it.
 
     Raises:
         Rejected: the task cannot be attempted, or the environment answered with what cannot travel.
         AttemptFailed, Unavailable: the environment or the generator failed.
+        Fenced: the keeper says that the attempt is no longer ours.
     """
-    transcript = Transcript(conversation=await surroundings.start(task))
+    keeper = keeper or KeepsNothing()
+    if behind is None:
+        behind = Behind(await surroundings.start(task), [])
+        keeper.begin(behind.opening)
+    transcript = Transcript(conversation=list(behind.opening))
+    for turn in behind.turns:
+        transcript.add(turn, renderer.text(turn.reply.token_ids))
+    last = behind.turns[-1] if behind.turns else None
+    while (finish := finish_of(last, len(transcript.turns), max_turns)) is None:
+        given = _given(renderer, transcript.conversation, last)
+        reply = await _reply(transcript.token_ids + given, sampling, len(transcript.turns), generate)
+        if reply is None:
+            finish = FinishReason.LENGTH
+            break
+        text = renderer.text(reply.token_ids)
+        last = PlayedTurn(given, reply, await surroundings.step(text))
+        transcript.add(last, text)
+        await keeper.keep(last, surroundings)
+    transcript.finish = finish
+    return transcript
+
+
+def finish_of(last: PlayedTurn | None, turns: int, max_turns: int) -> FinishReason | None:
+    """Why an episode is over after its last turn; None: it goes on."""
+    if last is None:
+        return None
+    if last.observation.done or not last.observation.messages:
+        return last.reply.finish if max_turns == 1 else FinishReason.ENVIRONMENT
+    return FinishReason.TURNS if turns >= max_turns else None
+
+
+def _given(renderer: Renderer, conversation: Sequence[Message], last: PlayedTurn | None) -> list[int]:
+    """The tokens that the model is given before its next reply."""
+    messages = list(conversation)
     with _readable():
-        given = renderer.prompt_ids(transcript.conversation)
+        if last is not None:
+            new = last.observation.messages
+            return renderer.turn_ids(messages[: -len(new)], new, last.reply.token_ids[-1])
+        given = renderer.prompt_ids(messages)
     if not given:
         raise Rejected("prompt", "the task's prompt has no tokens")
-    for turn in range(max_turns):
-        reply = await _reply(transcript.token_ids + given, sampling, turn, generate)
-        if reply is None:
-            transcript.finish = FinishReason.LENGTH
-            return transcript
-        transcript.give(given)
-        text = renderer.text(reply.token_ids)
-        transcript.add_reply(reply, text)
-        observation = await surroundings.step(text)
-        transcript.observe(observation.info)
-        before = list(transcript.conversation)
-        transcript.conversation.extend(observation.messages)
-        if observation.done or not observation.messages:
-            transcript.finish = reply.finish if max_turns == 1 else FinishReason.ENVIRONMENT
-            return transcript
-        with _readable():
-            given = renderer.turn_ids(before, observation.messages, reply.token_ids[-1])
-    transcript.finish = FinishReason.TURNS
-    return transcript
+    return given
 
 
 async def _reply(token_ids: list[int], sampling: Sampling, turn: int, generate: Generate) -> Reply | None:
@@ -173,9 +242,19 @@ async def _reply(token_ids: list[int], sampling: Sampling, turn: int, generate: 
         if turn > 0 and error.reason == "prompt":
             return None
         raise
-    if not reply.token_ids or sum(span.length for span in reply.spans) != len(reply.token_ids):
+    if not reply.is_sound:
         raise AttemptFailed("generator_failed", "the reply is empty or its spans do not cover it")
     return reply
+
+
+def _checked_info(info: dict[str, object]) -> dict[str, object]:
+    try:
+        size = len(json.dumps(info, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Rejected("environment", f"the environment's info is not JSON: {error}") from None
+    if size > MAX_TURN_INFO_CHARACTERS:
+        raise Rejected("environment", f"the environment's info has {size} characters for a turn")
+    return info
 
 
 @contextlib.contextmanager

@@ -5,8 +5,9 @@
 | `_renew_loop`  | claims in progress             | longer leases    | a third of the lease time                       |
 | `_attempt`     | one claim                      | one delivery     | generator, environment, verifier, broker        |
 
-A lease that is lost cancels its attempt. When told to stop, the intake ends, attempts get `drain_s` seconds, and the
-rest goes back to the queue. Knows queues by their Protocols, and nothing of gRPC or redis.
+A lease that is lost cancels its attempt. While the outbox has no room, nothing is claimed. When told to stop, the
+intake ends, attempts get `drain_s` seconds, and the rest goes back to the queue. Knows queues by their Protocols, and
+nothing of gRPC or redis.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import Protocol, TypeVar
 import structlog
 
 from longshore.actor.episode import AttemptFailed
+from longshore.actor.outbox import Finished
 from longshore.actor.retry import persist
 from longshore.errors import Fenced, Rejected, Unavailable
-from longshore.rollout_queue.tickets import DRAIN, Claim
+from longshore.rollout_queue.tickets import DRAIN, UNAVAILABLE, Claim
 from longshore.rpc.process import wait_or_stop
 
 T = TypeVar("T")
@@ -33,6 +35,7 @@ BLOCK_MS = 1000
 # Rollouts end in bursts; a claim for several costs as much as one for one.
 _GATHER_S = 0.005
 _GIVE_BACK_S = 5.0
+_ROOM_S = 0.25
 
 log = structlog.get_logger()
 
@@ -48,14 +51,17 @@ class Tickets(Protocol):
     async def reject(self, claim: Claim, reason: str, detail: str) -> None: ...
 
 
-class Rollouts(Protocol):
-    """What a runner needs of rollout_queue.RolloutQueue."""
+class Outbox(Protocol):
+    """Takes finished rollouts; see actor.outbox.Outbox."""
 
-    async def deliver(self, claim: Claim, rollout: bytes) -> bool: ...
+    def has_room(self) -> bool: ...
+    def holds(self, claim: Claim) -> bool: ...
+    async def hand_in(self, claim: Claim, finished: Finished, is_lost: Callable[[], bool]) -> None: ...
 
 
-# Makes a claim's rollout, serialised.
-Work = Callable[[Claim], Awaitable[bytes]]
+Fence = tuple[str, int, str]
+# Makes a claim's rollout.
+Work = Callable[[Claim], Awaitable[Finished]]
 
 
 @dataclass(frozen=True)
@@ -79,17 +85,19 @@ class Runner:
     """Runs attempts for one actor until told to stop."""
 
     def __init__(
-        self, actor: str, tickets: Tickets, rollouts: Rollouts, work: Work, limits: RunnerLimits, observer: Observer
+        self, actor: str, tickets: Tickets, outbox: Outbox, work: Work, limits: RunnerLimits, observer: Observer
     ) -> None:
         self._actor = actor
         self._tickets = tickets
-        self._rollouts = rollouts
+        self._outbox = outbox
         self._work = work
         self._limits = limits
         self._observer = observer
         self._running: dict[asyncio.Task[None], Claim] = {}
         # Attempts that are only being handed in: the broker may have closed their lease already.
-        self._handing_in: set[tuple[str, int, str]] = set()
+        self._handing_in: set[Fence] = set()
+        # Those whose lease the broker no longer knows: handed in, or really lost.
+        self._lost: set[Fence] = set()
         self._freed = asyncio.Event()
         self._next_take_over = 0.0
 
@@ -111,6 +119,9 @@ class Runner:
             free = self._limits.places - len(self._running)
             if free <= 0:
                 await self._wait_for_place(stop)
+                continue
+            if not self._outbox.has_room():
+                await wait_or_stop(stop, _ROOM_S)
                 continue
             for claim in await self._claim_or_stop(free, stop):
                 task = group.create_task(self._attempt(claim), name=f"attempt-{claim.ticket.ref.key}")
@@ -165,7 +176,10 @@ class Runner:
         if not claims:
             return
         for claim in await self._tickets.renew(self._actor, claims):
-            if claim.fence in self._handing_in or held[claim.fence].done():
+            if claim.fence in self._handing_in:
+                self._lost.add(claim.fence)
+                continue
+            if held[claim.fence].done():
                 continue
             log.warning("lease lost", ticket=claim.ticket.ref.key, attempt=claim.attempt)
             held[claim.fence].cancel()
@@ -178,33 +192,37 @@ class Runner:
             outcome = await self._try(claim)
         finally:
             self._handing_in.discard(claim.fence)
+            self._lost.discard(claim.fence)
             self._observer.ended(outcome, time.monotonic() - started, len(self._running) - 1)
 
     async def _try(self, claim: Claim) -> str:
         try:
-            rollout = await self._made(claim)
+            finished = await self._made(claim)
+        except Fenced as error:
+            log.warning("lease lost", ticket=claim.ticket.ref.key, attempt=claim.attempt, reason=str(error))
+            return "fenced"
         except Rejected as error:
             log.warning("rejected", ticket=claim.ticket.ref.key, reason=error.reason, detail=error.detail)
             await self._broker(partial(self._tickets.reject, claim, error.reason, error.detail))
             return "rejected"
         except (AttemptFailed, Unavailable) as error:
-            reason = error.reason if isinstance(error, AttemptFailed) else "unavailable"
+            reason = error.reason if isinstance(error, AttemptFailed) else UNAVAILABLE
             return await self._failed(claim, reason, error)
         except Exception as error:
             # An attempt's boundary: a bug that one task meets must not end the others.
             log.exception("attempt failed", ticket=claim.ticket.ref.key)
             return await self._failed(claim, "error", error)
-        return await self._deliver(claim, rollout)
+        return await self._hand_in(claim, finished)
 
-    async def _made(self, claim: Claim) -> bytes:
+    async def _made(self, claim: Claim) -> Finished:
         try:
             return await self._work(claim)
         finally:
             self._handing_in.add(claim.fence)
 
-    async def _deliver(self, claim: Claim, rollout: bytes) -> str:
+    async def _hand_in(self, claim: Claim, finished: Finished) -> str:
         try:
-            await self._broker(partial(self._rollouts.deliver, claim, rollout))
+            await self._outbox.hand_in(claim, finished, lambda: claim.fence in self._lost)
         except Fenced as error:
             log.info("rollout is of no use", reason=str(error))
             return "fenced"
@@ -219,7 +237,10 @@ class Runner:
         return "given_back"
 
     async def _drain(self) -> None:
-        """Lets attempts finish for `drain_s`, then gives the rest back without counting the attempt."""
+        """Lets attempts finish for `drain_s`, then gives the rest back without counting the attempt.
+
+        What is spooled is not given back: our next life delivers it, or another takes the ticket over in time.
+        """
         if self._running:
             await asyncio.wait(list(self._running), timeout=self._limits.drain_s)
         left = dict(self._running)
@@ -232,7 +253,8 @@ class Runner:
             # Should the broker be away, the leases run out by themselves.
             async with asyncio.timeout(_GIVE_BACK_S):
                 for claim in left.values():
-                    await self._tickets.give_back(claim, DRAIN)
+                    if not self._outbox.holds(claim):
+                        await self._tickets.give_back(claim, DRAIN)
 
     async def _broker(self, call: Callable[[], Awaitable[T]]) -> T:
         return await persist(call, self._limits.broker_patience_s)

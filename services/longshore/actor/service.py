@@ -5,24 +5,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 
 import structlog
+from redis.asyncio import Redis
 
-from longshore.actor import metrics
+from longshore.actor.beginning import Beginner, keeps_journal
 from longshore.actor.clients import GeneratorClient, VerifierClient
 from longshore.actor.config import ActorSettings
 from longshore.actor.maker import RolloutMaker
+from longshore.actor.metrics import ActorMetrics
+from longshore.actor.outbox import Outbox, SpoolPlace
 from longshore.actor.runner import Runner, RunnerLimits, until_stopped
 from longshore.actor.surroundings import EnvironmentFactory
-from longshore.errors import NotFound, Unavailable
+from longshore.actor.sweeper import Sweeper
+from longshore.errors import ConfigError, NotFound, Unavailable
 from longshore.rollout_queue import broker
+from longshore.rollout_queue.blobs import Blobs
+from longshore.rollout_queue.journal import Journal
 from longshore.rollout_queue.rollouts import RolloutQueue
+from longshore.rollout_queue.spool import Spool
 from longshore.rollout_queue.tickets import TicketQueue
 from longshore.rpc.channel import channel
 from longshore.rpc.process import run_process
 from longshore.rpc.server import RpcServer
 from longshore.settings import JobFile
 from longshore.tasks import registry
+from longshore.tasks.environment import SingleTurn
 from longshore.tasks.rendering import Renderer
 from longshore.weights.client import WeightsClient
 
@@ -33,39 +42,22 @@ _BROKER_CALL_S = 5.0
 log = structlog.get_logger()
 
 
-class _Observer:
-    """Turns what the runner reports into metrics."""
-
-    def __init__(self, labels: tuple[str, str, str]) -> None:
-        self._labels = labels
-        self._running = metrics.RUNNING.labels(*labels)
-        self._seconds = metrics.SECONDS.labels(*labels)
-
-    def started(self, running: int) -> None:
-        self._running.set(running)
-
-    def ended(self, outcome: str, seconds: float, running: int) -> None:
-        self._running.set(running)
-        self._seconds.observe(seconds)
-        metrics.ROLLOUTS.labels(*self._labels, outcome).inc()
-
-
 async def serve(settings: ActorSettings, stop: asyncio.Event) -> None:
     """Runs until `stop`; raises Unavailable when the broker stays away for longer than its patience."""
     job = settings.load_job()
     server = RpcServer(settings.listen)
     await server.start()
     try:
-        renderer = await until_stopped(lambda: _renderer(settings, job), stop, "the first policy version")
-        if renderer is not None:
-            log.info("ready", vocabulary=renderer.vocab_size)
-            await _run(settings, job, renderer, stop)
+        rendering = await until_stopped(lambda: _rendering(settings, job), stop, "the first policy version")
+        if rendering is not None:
+            log.info("ready", vocabulary=rendering[0].vocab_size)
+            await _run(settings, job, rendering, stop)
     finally:
         await server.drain(settings.drain_s)
 
 
-async def _renderer(settings: ActorSettings, job: JobFile) -> Renderer:
-    """The tokenizer that came beside the newest weights. Raises Unavailable while there are none."""
+async def _rendering(settings: ActorSettings, job: JobFile) -> tuple[Renderer, str]:
+    """The tokenizer that came beside the newest weights, and its digest. Raises Unavailable while there are none."""
     client = WeightsClient(settings.weights, job.ref, bytes.fromhex(job.learner_public_key))
     try:
         version = await client.head(HEAD_TIMEOUT_S)
@@ -75,63 +67,97 @@ async def _renderer(settings: ActorSettings, job: JobFile) -> Renderer:
         raise Unavailable(str(error)) from None
     finally:
         await client.close()
-    return await asyncio.to_thread(Renderer, assets)
+    return await asyncio.to_thread(Renderer, assets), described.assets_sha256
 
 
-async def _run(settings: ActorSettings, job: JobFile, renderer: Renderer, stop: asyncio.Event) -> None:
-    spec = job.spec
-    lease_s = spec.resources.actor_lease_s
-    redis = broker.connect(settings.broker_url, patience_s=_BROKER_CALL_S)
-    try:
-        tickets = TicketQueue(
-            redis,
-            job.ref,
-            settings.site,
-            max_attempts=spec.resources.max_attempts,
-            lease_ms=int(lease_s * 1000),
+async def _run(settings: ActorSettings, job: JobFile, rendering: tuple[Renderer, str], stop: asyncio.Event) -> None:
+    counting = ActorMetrics(job.project, job.job, settings.site)
+    async with contextlib.AsyncExitStack() as resources:
+        redis = broker.connect(settings.broker_url, patience_s=_BROKER_CALL_S)
+        resources.push_async_callback(redis.aclose)
+        blobs = Blobs.open(settings.blobs_url) if settings.blobs_url else None
+        rollouts = RolloutQueue(redis, job.ref, settings.site, blobs=blobs)
+        place = await _open_spool(settings)
+        if place is not None:
+            resources.callback(place.spool.close)
+        maker = await resources.enter_async_context(_maker(settings, job, rendering, redis, counting))
+        runner = Runner(
+            settings.name,
+            _tickets(settings, job, redis),
+            Outbox(rollouts, place, settings.broker_patience_s, counting),
+            maker.make,
+            _limits(settings, job),
+            counting,
         )
-        limits = RunnerLimits(spec.resources.rollouts_per_actor, lease_s, settings.drain_s, settings.broker_patience_s)
-        async with _maker(settings, job, renderer) as maker:
-            observer = _Observer(_labels(settings, job))
-            runner = Runner(
-                settings.name, tickets, RolloutQueue(redis, job.ref, settings.site), maker.make, limits, observer
-            )
+        async with asyncio.TaskGroup() as group:
+            if place is not None:
+                sweeper = Sweeper(job.ref, place.spool, rollouts, partial(broker.incarnation, redis), counting)
+                sweeping = group.create_task(sweeper.run(), name="sweep")
             await runner.run(stop)
-    finally:
-        await redis.aclose()
+            if place is not None:
+                sweeping.cancel()
+
+
+async def _open_spool(settings: ActorSettings) -> SpoolPlace | None:
+    """Finds what an earlier life has left. Raises ConfigError when the folder cannot be used."""
+    folder = settings.spool_dir
+    if folder is None:
+        return None
+    try:
+        spool = await asyncio.to_thread(Spool.open, folder, settings.spool_mb * 1024 * 1024)
+    except OSError as error:
+        raise ConfigError(f"LONGSHORE_SPOOL_DIR {folder}: {error}") from None
+    log.info("spool opened", rollouts=len(spool.keys()), used_bytes=spool.used_bytes)
+    return SpoolPlace(spool, folder)
+
+
+def _tickets(settings: ActorSettings, job: JobFile, redis: Redis) -> TicketQueue:
+    resources = job.spec.resources
+    lease_ms = int(resources.actor_lease_s * 1000)
+    return TicketQueue(redis, job.ref, settings.site, max_attempts=resources.max_attempts, lease_ms=lease_ms)
+
+
+def _limits(settings: ActorSettings, job: JobFile) -> RunnerLimits:
+    places = job.spec.resources_at(settings.site).rollouts_per_actor
+    return RunnerLimits(places, job.spec.resources.actor_lease_s, settings.drain_s, settings.broker_patience_s)
 
 
 @contextlib.asynccontextmanager
-async def _maker(settings: ActorSettings, job: JobFile, renderer: Renderer) -> AsyncIterator[RolloutMaker]:
-    spec, labels = job.spec, _labels(settings, job)
-    kind = registry.load(registry.ENVIRONMENTS, spec.environment.name)
-    environments = EnvironmentFactory(kind, spec.environment.options, settings.environment_timeout_s)
+async def _maker(
+    settings: ActorSettings, job: JobFile, rendering: tuple[Renderer, str], redis: Redis, counting: ActorMetrics
+) -> AsyncIterator[RolloutMaker]:
+    spec, patience_s = job.spec, settings.peer_patience_s
     async with channel(settings.generator) as to_generator, channel(settings.verifier) as to_verifier:
         yield RolloutMaker(
             site=settings.site,
             actor=settings.name,
             environment=spec.environment.name,
-            max_turns=spec.environment.max_turns,
-            renderer=renderer,
-            surroundings=environments,
+            beginner=_beginner(settings, job, rendering, redis, counting),
             generator=GeneratorClient(
-                to_generator,
-                settings.generate_timeout_s,
-                settings.peer_patience_s,
-                metrics.RETRIES.labels(*labels, "generator").inc,
+                to_generator, settings.generate_timeout_s, patience_s, counting.retried_generator
             ),
-            verifier=VerifierClient(
-                to_verifier,
-                spec.verifier.timeout_s,
-                settings.peer_patience_s,
-                metrics.RETRIES.labels(*labels, "verifier").inc,
-            ),
-            count_tokens=metrics.TOKENS.labels(*labels).inc,
+            verifier=VerifierClient(to_verifier, spec.verifier.timeout_s, patience_s, counting.retried_verifier),
+            count_tokens=counting.sampled,
         )
 
 
-def _labels(settings: ActorSettings, job: JobFile) -> tuple[str, str, str]:
-    return job.project, job.job, settings.site
+def _beginner(
+    settings: ActorSettings, job: JobFile, rendering: tuple[Renderer, str], redis: Redis, counting: ActorMetrics
+) -> Beginner:
+    spec = job.spec
+    renderer, digest = rendering
+    kind = registry.load(registry.ENVIRONMENTS, spec.environment.name)
+    one_turn = spec.environment.max_turns == 1 or kind is SingleTurn
+    journal = Journal(redis, job.ref, settings.site) if keeps_journal(one_turn, spec.verifier.timeout_s) else None
+    return Beginner(
+        store=journal,
+        renderer=renderer,
+        renderer_digest=digest,
+        max_turns=spec.environment.max_turns,
+        make_surroundings=EnvironmentFactory(kind, spec.environment.options, settings.environment_timeout_s),
+        broker_patience_s=settings.broker_patience_s,
+        observer=counting,
+    )
 
 
 def main() -> int:

@@ -12,7 +12,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from longshore.actor.episode import AttemptFailed, Surroundings
-from longshore.tasks.environment import Environment, Observation, SingleTurn
+from longshore.tasks.environment import (
+    MAX_SNAPSHOT_BYTES,
+    Environment,
+    Observation,
+    Restoring,
+    SingleTurn,
+    restoring,
+)
 from longshore.types import Message, Task
 
 T = TypeVar("T")
@@ -21,7 +28,9 @@ MAX_THREADS = 32
 
 
 class Direct:
-    """An environment that never blocks, called in place."""
+    """An environment that never blocks, called in place. It cannot be gone on with."""
+
+    restoring = Restoring.NONE
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
@@ -31,6 +40,12 @@ class Direct:
 
     async def step(self, reply: str) -> Observation:
         return self._environment.step(reply)
+
+    async def snapshot(self) -> bytes:
+        raise AttemptFailed("environment", "it has no snapshots")
+
+    async def restore(self, task: Task, snapshot: bytes) -> None:
+        raise AttemptFailed("environment", "it has no snapshots")
 
 
 class _Threads:
@@ -72,7 +87,10 @@ class _Threads:
 class Threaded:
     """A plug-in environment; made, started and stepped in threads."""
 
-    def __init__(self, make: Callable[[], Environment], threads: _Threads, timeout_s: float) -> None:
+    def __init__(
+        self, make: Callable[[], Environment], threads: _Threads, timeout_s: float, restoring: Restoring
+    ) -> None:
+        self.restoring = restoring
         self._make = make
         self._threads = threads
         self._timeout_s = timeout_s
@@ -90,6 +108,25 @@ class Threaded:
         if not isinstance(observation, Observation):
             raise AttemptFailed("environment", f"step gave a {type(observation).__name__}, not an Observation")
         return observation
+
+    async def snapshot(self) -> bytes:
+        """The state after the newest step. Raises AttemptFailed, also for one that is too large."""
+        plugin: Any = self._environment
+        snapshot = await self._call(plugin.snapshot)
+        if not isinstance(snapshot, bytes) or len(snapshot) > MAX_SNAPSHOT_BYTES:
+            raise AttemptFailed("environment", f"a snapshot must be at most {MAX_SNAPSHOT_BYTES} bytes")
+        return snapshot
+
+    async def restore(self, task: Task, snapshot: bytes) -> None:
+        """In place of `start`. Raises AttemptFailed."""
+
+        def begin() -> Environment:
+            environment: Any = self._make()
+            environment.restore(task, snapshot)
+            restored: Environment = environment
+            return restored
+
+        self._environment = await self._call(begin)
 
     async def _call(self, function: Callable[..., T], *args: object) -> T:
         try:
@@ -110,8 +147,9 @@ class EnvironmentFactory:
         self._options = options
         self._timeout_s = timeout_s
         self._threads = _Threads(MAX_THREADS)
+        self._restoring = restoring(kind)
 
     def __call__(self) -> Surroundings:
         if self._kind is SingleTurn:
             return Direct(SingleTurn(self._options))
-        return Threaded(lambda: self._kind(dict(self._options)), self._threads, self._timeout_s)
+        return Threaded(lambda: self._kind(dict(self._options)), self._threads, self._timeout_s, self._restoring)

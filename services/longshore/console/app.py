@@ -15,9 +15,11 @@ import longshore
 if TYPE_CHECKING:
     from longshore.console.screen import Screen
 
-Service = Literal["actor", "gateway", "generator", "learner", "verifier", "weights"]
+Service = Literal["actor", "gateway", "generator", "learner", "relay", "verifier", "weights"]
 JobFile = Annotated[Path, Parameter(help="YAML or JSON file with a JobSpec, for example examples/first-light.yaml.")]
 Seed = Annotated[int | None, Parameter(help="Use this seed instead of the file's.")]
+AsJson = Annotated[bool, Parameter(help="Print JSON for programs.", negative="")]
+LetterId = Annotated[str, Parameter(help="The id that `dead-letters list` prints.")]
 JobId = Annotated[str, Parameter(help="The id that `submit` printed.")]
 
 app = App(
@@ -112,6 +114,47 @@ def cancel(job_id: JobId, /) -> int:
 
 
 @app.command(sort_key=9)
+def ledger(job_id: JobId, /, *, json: AsJson = False) -> int:
+    """Show where every ticket of a job is, by site: issued = the sum of all states."""
+    from longshore.console import tickets
+
+    return _await(tickets.ledger(job_id, json))
+
+
+dead_letters = App(
+    name="dead-letters",
+    help="Tickets that came to nothing and rollouts that were refused, and why.",
+    sort_key=10,
+    result_action="return_value",
+)
+app.command(dead_letters)
+
+
+@dead_letters.command(name="list", sort_key=1)
+def list_letters(job_id: JobId, /, *, json: AsJson = False) -> int:
+    """List a job's dead letters, oldest first."""
+    from longshore.console import tickets
+
+    return _await(tickets.list_letters(job_id, json))
+
+
+@dead_letters.command(sort_key=2)
+def show(job_id: JobId, letter_id: LetterId, /, *, json: AsJson = False) -> int:
+    """Show one dead letter: what it was, and why it was set aside."""
+    from longshore.console import tickets
+
+    return _await(tickets.show_letter(job_id, letter_id, json))
+
+
+@dead_letters.command(sort_key=3)
+def requeue(job_id: JobId, /, *letter_ids: LetterId) -> int:
+    """Have the tasks of dead letters attempted again, as new groups; the old tickets keep their reasons."""
+    from longshore.console import tickets
+
+    return _await(tickets.requeue(job_id, letter_ids))
+
+
+@app.command(sort_key=11)
 def validate(job_file: JobFile, /) -> int:
     """Say everything that is wrong with a job file, without running it."""
     from longshore.console import local
@@ -121,7 +164,7 @@ def validate(job_file: JobFile, /) -> int:
     return 0
 
 
-@app.command(sort_key=10)
+@app.command(sort_key=12)
 def serve(service: Service, /) -> int:
     """Run one service process; its settings are environment variables (see docs/architecture.md)."""
     from longshore.errors import ConfigError

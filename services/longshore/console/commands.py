@@ -10,16 +10,18 @@ from typing import Any
 from longshore.client import ApiClient, connect
 from longshore.console.follow import EXIT_OK, follow_job
 from longshore.console.screen import Screen
+from longshore.console.tables import aligned
 from longshore.launcher.state_dir import default_state_dir
 
 
-def _client() -> ApiClient:
+def open_client() -> ApiClient:
+    """A client of the stack that runs here. Raises Unavailable when none does."""
     return connect(default_state_dir())
 
 
 async def submit(document: dict[str, Any]) -> int:
     """Prints the id alone on stdout, for scripts; the hint goes to stderr."""
-    async with _client() as client:
+    async with open_client() as client:
         job = await client.submit(document)
     sys.stdout.write(f"{job['id']}\n")
     sys.stdout.flush()
@@ -29,16 +31,13 @@ async def submit(document: dict[str, Any]) -> int:
 
 async def jobs() -> int:
     """Prints one line a job, newest first."""
-    async with _client() as client:
+    async with open_client() as client:
         found = await client.jobs()
     if not found:
         sys.stderr.write("no jobs yet\n")
         return EXIT_OK
     rows = [("ID", "STATE", "STEP", "REWARD", "CREATED"), *(_row(job) for job in found)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    sys.stdout.write("".join(f"{line}\n" for line in aligned(rows)))
     return EXIT_OK
 
 
@@ -52,7 +51,7 @@ def _row(job: dict[str, Any]) -> tuple[str, ...]:
 
 async def watch(job_id: str, screen: Screen) -> int:
     """Shows a job until it ends."""
-    async with _client() as client:
+    async with open_client() as client:
         try:
             return await follow_job(client, job_id, screen)
         except asyncio.CancelledError:
@@ -62,7 +61,7 @@ async def watch(job_id: str, screen: Screen) -> int:
 
 async def logs(job_id: str, service: str | None, tail: int, follow: bool) -> int:
     """Prints log lines."""
-    async with _client() as client:
+    async with open_client() as client:
         async for text in client.logs(job_id, service, tail, follow):
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -71,7 +70,7 @@ async def logs(job_id: str, service: str | None, tail: int, follow: bool) -> int
 
 async def cancel(job_id: str) -> int:
     """Asks for a job's end."""
-    async with _client() as client:
+    async with open_client() as client:
         job = await client.cancel(job_id)
     sys.stdout.write(f"{job['id']} is {job['state']}\n")
     return EXIT_OK

@@ -20,10 +20,12 @@ from longshore.config import JobSpec
 from longshore.errors import NotFound
 from longshore.gateway import metrics, problems
 from longshore.gateway.body import read_document
+from longshore.gateway.books import Books
 from longshore.gateway.job_logs import LogReader, labelled, log_files
 from longshore.gateway.jobs import Jobs
 from longshore.gateway.store import Job
 from longshore.gateway.streams import event_stream, iso_time, log_stream
+from longshore.gateway.ticket_routes import TicketRoutes
 
 MAX_TAIL = 10_000
 
@@ -52,11 +54,12 @@ class JobList(pydantic.BaseModel):
 class Api:
     """The routes over one `Jobs`."""
 
-    def __init__(self, jobs: Jobs, runs_dir: Path, api_key: str, stop: asyncio.Event) -> None:
+    def __init__(self, jobs: Jobs, books: Books, runs_dir: Path, api_key: str, stop: asyncio.Event) -> None:
         self._jobs = jobs
         self._runs_dir = runs_dir
         self._key_digest = hashlib.sha256(api_key.encode()).digest()
         self._stop = stop
+        self._tickets = TicketRoutes(jobs.store, books)
 
     def app(self) -> FastAPI:
         """The ASGI application."""
@@ -79,6 +82,7 @@ class Api:
             "/jobs/{job_id}/logs", self.logs, methods=["GET"], response_class=PlainTextResponse, response_model=None
         )
         router.add_api_route("/jobs/{job_id}/summary", self.summary, methods=["GET"])
+        self._tickets.add_to(router)
         return router
 
     async def authorize(self, authorization: Annotated[str, Header()] = "") -> None:

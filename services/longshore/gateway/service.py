@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 
+from redis.asyncio import Redis
+
 from longshore.errors import ConfigError
 from longshore.gateway.app import Api
+from longshore.gateway.books import Books
 from longshore.gateway.config import GatewaySettings
 from longshore.gateway.driver import Parts
 from longshore.gateway.http_server import serve_http
@@ -16,6 +19,7 @@ from longshore.gateway.prepare import job_paths, prepare
 from longshore.gateway.reconcile import Reconciler
 from longshore.gateway.store import Job, JobStore
 from longshore.gateway.units import Units
+from longshore.launcher.broker_server import site_brokers
 from longshore.launcher.client import SupervisorClient
 from longshore.launcher.plan import Endpoints, plan_job
 from longshore.launcher.spec import ProcessSpec
@@ -35,8 +39,11 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
         store = JobStore(settings.database_url)
         resources.push_async_callback(store.close)
         await store.open()
-        reconciler = Reconciler(_parts(settings, store, resources), settings.jobs_since)
-        api = Api(Jobs(store, check_document), settings.runs_dir, api_key, stop)
+        client = broker.connect(settings.broker_url)
+        resources.push_async_callback(client.aclose)
+        books = Books(client, settings.runs_dir)
+        reconciler = Reconciler(_parts(settings, store, client, books, resources), settings.jobs_since)
+        api = Api(Jobs(store, check_document), books, settings.runs_dir, api_key, stop)
         rpc = RpcServer(settings.listen)
 
         async def on_listening(address: str) -> None:
@@ -62,11 +69,11 @@ def _read_key(settings: GatewaySettings) -> str:
     return key
 
 
-def _parts(settings: GatewaySettings, store: JobStore, resources: contextlib.AsyncExitStack) -> Parts:
+def _parts(
+    settings: GatewaySettings, store: JobStore, client: Redis, books: Books, resources: contextlib.AsyncExitStack
+) -> Parts:
     launcher = SupervisorClient(settings.supervisor)
     resources.push_async_callback(launcher.close)
-    client = broker.connect(settings.broker_url)
-    resources.push_async_callback(client.aclose)
     endpoints = Endpoints(settings.broker_url, settings.weights)
 
     async def prepare_job(job: Job) -> Sequence[ProcessSpec]:
@@ -77,7 +84,9 @@ def _parts(settings: GatewaySettings, store: JobStore, resources: contextlib.Asy
             await weights.register_key(file.spec.weights.keep)
         finally:
             await weights.close()
-        return plan_job(file, endpoints, paths)
+        sites = [site.name for site in file.spec.sites]
+        brokers = await asyncio.to_thread(site_brokers, sites, paths, settings.supervisor)
+        return plan_job(file, endpoints, paths, brokers)
 
     return Parts(
         store=store,
@@ -85,7 +94,7 @@ def _parts(settings: GatewaySettings, store: JobStore, resources: contextlib.Asy
         units=Units(launcher),
         prepare=prepare_job,
         channel=lambda job: JobChannel(client, JobRef(job.project, job.id)),
-        forget=lambda job: broker.forget_job(client, JobRef(job.project, job.id)),
+        forget=books.close,
     )
 
 

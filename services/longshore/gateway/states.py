@@ -42,7 +42,14 @@ def sources_of(target: JobState) -> list[JobState]:
 
 # Types that a learner may write; "state" and "process" are the gateway's own.
 LEARNER_EVENTS = frozenset({"phase", "warm_start", "evaluation", "step", "warning", "summary"})
-_STEP_KEYS = ("reward/mean", "policy_version", "off_policy/mean", "perf/tokens_per_s", "time/remaining")
+_STEP_KEYS = (
+    "reward/mean",
+    "policy_version",
+    "off_policy/mean",
+    "perf/tokens_per_s",
+    "time/remaining",
+    "tickets/issued",
+)
 
 
 def progress_after(progress: Body, kind: str, body: Body) -> Body:

@@ -218,7 +218,7 @@ class _EngineHost:
         # Two generators of one job must not draw the same tokens.
         seed = hashlib.sha256(f"{spec.seed}/{settings.name}".encode()).digest()
         return SlotOptions(
-            slots=spec.resources.generator_slots,
+            slots=spec.resources_at(settings.site).generator_slots,
             max_waiting=settings.max_waiting,
             cache_bytes=settings.cache_mb * 1024 * 1024,
             seed=int.from_bytes(seed[:7], "big"),

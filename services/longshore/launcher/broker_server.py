@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import redis.exceptions
 
 from longshore.errors import ConfigError
-from longshore.launcher.plan import BrokerCommand
+from longshore.launcher.plan import BrokerCommand, JobPaths
 from longshore.launcher.probe import connect_once
 
 # Functions (FCALL) came with 7.0.
@@ -30,9 +32,36 @@ async def resolve_broker(state_dir: Path, socket_dir: Path) -> BrokerCommand | s
     if url:
         await _check_url(url)
         return url
-    directory = state_dir / "broker"
+    return own_broker(state_dir / "broker", socket_dir / "broker.sock")
+
+
+def own_broker(directory: Path, socket: Path) -> BrokerCommand:
+    """How to start a broker that keeps its files in `directory`, which is made if need be.
+
+    Raises:
+        ConfigError: this machine has no server to start.
+    """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return _command(_find_server(), directory, socket_dir / "broker.sock")
+    return _command(_find_server(), directory, socket)
+
+
+def site_brokers(sites: Sequence[str], paths: JobPaths, supervisor: str) -> dict[str, BrokerCommand]:
+    """How to start the brokers of a job's rollout sites, their sockets beside the supervisor's.
+
+    Raises:
+        ConfigError: this machine has no server to start, or the supervisor is not on it.
+    """
+    if not sites:
+        return {}
+    if not supervisor.startswith("unix:"):
+        raise ConfigError(f"rollout sites on one machine need a supervisor on a Unix socket, not {supervisor}")
+    sockets = Path(supervisor.removeprefix("unix:")).parent
+    return {site: own_broker(paths.broker_dir(site), sockets / _socket_name(paths.run_dir, site)) for site in sites}
+
+
+def _socket_name(run_dir: Path, site: str) -> str:
+    # Short, for a socket's path is limited; the same after every restart; of another job or site another.
+    return f"{hashlib.sha256(f'{run_dir}/{site}'.encode()).hexdigest()[:8]}.sock"
 
 
 async def _check_url(url: str) -> None:

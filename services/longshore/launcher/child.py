@@ -50,6 +50,10 @@ class Rules:
     # Between SIGTERM and SIGKILL.
     grace: float = 8.0
     probe_every: float = 0.1
+    # Once it is ready it is looked at this often, and so many looks in a row without an answer mean that it is stopped
+    # or stuck: within the 15 s of an actor's default lease. Looks are counted, not time: a machine that slept has none.
+    look_every: float = 2.0
+    max_silent_looks: int = 4
 
 
 @dataclass
@@ -158,14 +162,16 @@ class Child:
         process = await self._spawn()
         exited = asyncio.create_task(process.wait())
         stopped = asyncio.create_task(self._stop.wait())
-        readying = asyncio.create_task(self._await_ready(process.pid))
+        watching = asyncio.create_task(self._watch(process.pid))
         try:
             await asyncio.wait({exited, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            # A process that drains no longer says that it serves.
+            watching.cancel()
             if not exited.done():
                 await self._end(process, exited)
         finally:
             stopped.cancel()
-            readying.cancel()
+            watching.cancel()
             # What the process itself started goes with it.
             _kill_group(process.pid)
         self._pid = 0
@@ -189,6 +195,17 @@ class Child:
         self._pid = process.pid
         self.on_change()
         return process
+
+    async def _watch(self, pid: int) -> None:
+        """Sees a process become ready; kills it when it does not, or when it stops answering."""
+        await self._await_ready(pid)
+        silent = 0
+        while self._pid == pid and silent < self._rules.max_silent_looks:
+            await asyncio.sleep(self._rules.look_every)
+            silent = 0 if await self._probe(self.spec.ready) else silent + 1
+        if self._pid == pid:
+            log.error("process does not answer", process=self.spec.name, looks=silent)
+            _kill_group(pid)
 
     async def _await_ready(self, pid: int) -> None:
         deadline = time.monotonic() + self._rules.start_timeout

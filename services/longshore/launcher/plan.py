@@ -7,9 +7,12 @@ take the same list.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
+from longshore.config import HOME_SITE, SiteSpec
 from longshore.launcher.ports import LOOPBACK, placeholder
 from longshore.launcher.spec import ProcessSpec, Ready, ReadyKind
 from longshore.settings import JobFile
@@ -41,10 +44,23 @@ class JobPaths:
     def logs(self) -> Path:
         return self.run_dir / "logs"
 
+    def site_dir(self, site: str) -> Path:
+        """What a site's own disk would hold; the home site's is the run directory."""
+        return self.run_dir if site == HOME_SITE else self.run_dir / "sites" / site
+
+    def spool_dir(self, site: str, process: str) -> Path:
+        return self.site_dir(site) / "spool" / process
+
+    def blobs_url(self, site: str) -> str:
+        return (self.site_dir(site) / "blobs").as_uri()
+
+    def broker_dir(self, site: str) -> Path:
+        return self.site_dir(site) / "broker"
+
 
 @dataclass(frozen=True)
 class BrokerCommand:
-    """A broker that the stack starts itself; without one, a broker that is there already is used."""
+    """A broker that the launcher starts itself; without one, a broker that is there already is used."""
 
     argv: tuple[str, ...]
     url: str
@@ -67,30 +83,89 @@ class StackPaths:
         return self.state_dir / "api.key"
 
 
-def plan_job(job: JobFile, endpoints: Endpoints, paths: JobPaths) -> list[ProcessSpec]:
-    """The processes of one job; the learner completes the unit."""
-    resources = job.spec.resources
-    shared = {"LONGSHORE_JOB_FILE": str(paths.job_file)}
-    broker = {"LONGSHORE_BROKER_URL": endpoints.broker_url}
-    weights = {"LONGSHORE_WEIGHTS": endpoints.weights}
-    learner = {
+NO_BROKERS: Mapping[str, BrokerCommand] = MappingProxyType({})
+
+
+def plan_job(
+    job: JobFile, endpoints: Endpoints, paths: JobPaths, site_brokers: Mapping[str, BrokerCommand] = NO_BROKERS
+) -> list[ProcessSpec]:
+    """The processes of one job; the learner completes the unit.
+
+    Args:
+        site_brokers: how to start the broker of each rollout site of the job.
+    """
+    env = {
+        **_shared(endpoints, paths, HOME_SITE),
+        "LONGSHORE_BROKER_URL": endpoints.broker_url,
         "LONGSHORE_RUN_DIR": str(paths.run_dir),
         "LONGSHORE_SIGNING_KEY_FILE": str(paths.signing_key_file),
+        "LONGSHORE_BLOBS_URL": paths.blobs_url(HOME_SITE),
     }
-    actor = {"LONGSHORE_GENERATOR": _grpc("generator-0"), "LONGSHORE_VERIFIER": _grpc("verifier-0")}
-    logs, threads = paths.logs, resources.threads
+    learner = _process("learner", "learner", paths.logs, env, job.spec.resources.threads, completes_unit=True)
+    plan = [learner, *_rollout_makers(job, endpoints, paths, HOME_SITE, endpoints.broker_url)]
+    for site in job.spec.sites:
+        plan += _plan_site(job, site, endpoints, paths, site_brokers[site.name])
+    return plan
+
+
+def _plan_site(
+    job: JobFile, site: SiteSpec, endpoints: Endpoints, paths: JobPaths, broker: BrokerCommand
+) -> list[ProcessSpec]:
+    """A rollout site, as if it were on a machine of its own: only its relay knows the home broker."""
+    name = f"{site.name}-relay"
+    resources = job.spec.resources_at(site.name)
+    relay = {
+        **_shared(endpoints, paths, site.name),
+        "LONGSHORE_BROKER_URL": broker.url,
+        "LONGSHORE_HOME_BROKER_URL": endpoints.broker_url,
+        "LONGSHORE_BLOBS_URL": paths.blobs_url(site.name),
+        "LONGSHORE_HOME_BLOBS_URL": paths.blobs_url(HOME_SITE),
+        "LONGSHORE_SPOOL_DIR": str(paths.spool_dir(site.name, name)),
+        "LONGSHORE_ALLOWANCE": str(site.allowance or 2 * resources.actors * resources.rollouts_per_actor),
+    }
     return [
-        _process("learner", "learner", logs, shared | broker | weights | learner, threads, completes_unit=True),
+        _broker(f"{site.name}-broker", broker, paths.logs),
+        _process(name, "relay", paths.logs, relay),
+        *_rollout_makers(job, endpoints, paths, site.name, broker.url),
+    ]
+
+
+def _rollout_makers(
+    job: JobFile, endpoints: Endpoints, paths: JobPaths, site: str, broker_url: str
+) -> list[ProcessSpec]:
+    """Generators, verifiers and actors of a site."""
+    resources, logs = job.spec.resources_at(site), paths.logs
+    if not resources.actors:
+        return []
+    prefix = "" if site == HOME_SITE else f"{site}-"
+    shared = _shared(endpoints, paths, site)
+    actor = {
+        **shared,
+        "LONGSHORE_BROKER_URL": broker_url,
+        "LONGSHORE_BLOBS_URL": paths.blobs_url(site),
+        "LONGSHORE_GENERATOR": _grpc(f"{prefix}generator-0"),
+        "LONGSHORE_VERIFIER": _grpc(f"{prefix}verifier-0"),
+    }
+    generators = [f"{prefix}generator-{index}" for index in range(resources.generators)]
+    verifiers = [f"{prefix}verifier-{index}" for index in range(resources.verifiers)]
+    actors = [f"{prefix}actor-{index}" for index in range(resources.actors)]
+    return [
+        *(_process(name, "generator", logs, shared, resources.threads) for name in generators),
+        *(_process(name, "verifier", logs, shared) for name in verifiers),
         *(
-            _process(f"generator-{index}", "generator", logs, shared | weights, threads)
-            for index in range(resources.generators)
-        ),
-        *(_process(f"verifier-{index}", "verifier", logs, shared) for index in range(resources.verifiers)),
-        *(
-            _process(f"actor-{index}", "actor", logs, shared | broker | weights | actor)
-            for index in range(resources.actors)
+            _process(name, "actor", logs, {**actor, "LONGSHORE_SPOOL_DIR": str(paths.spool_dir(site, name))})
+            for name in actors
         ),
     ]
+
+
+def _shared(endpoints: Endpoints, paths: JobPaths, site: str) -> dict[str, str]:
+    """What every process of a job is told."""
+    return {
+        "LONGSHORE_JOB_FILE": str(paths.job_file),
+        "LONGSHORE_WEIGHTS": endpoints.weights,
+        "LONGSHORE_SITE": site,
+    }
 
 
 def plan_stack(
@@ -121,9 +196,12 @@ def plan_stack(
         _process("gateway", "gateway", paths.logs, gateway),
     ]
     if isinstance(broker, BrokerCommand):
-        log = paths.logs / "broker.log"
-        plan.insert(0, ProcessSpec("broker", "broker", broker.argv, {}, log, Ready(ReadyKind.REDIS, broker.url)))
+        plan.insert(0, _broker("broker", broker, paths.logs))
     return plan
+
+
+def _broker(name: str, command: BrokerCommand, logs: Path) -> ProcessSpec:
+    return ProcessSpec(name, "broker", command.argv, {}, logs / f"{name}.log", Ready(ReadyKind.REDIS, command.url))
 
 
 def _grpc(name: str) -> str:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from longshore.errors import Conflict
 
-# sun_path holds 108 bytes with its final zero; the longest of our socket names is 15 bytes with its slash.
-_MAX_SOCKET_DIR = 107 - 15
+# sun_path holds 108 bytes with its final zero; the longest of our socket names is 16 bytes with its slash.
+_MAX_SOCKET_DIR = 107 - 16
 _PLAIN = re.compile(r"^[A-Za-z0-9_./-]+$")
 
 

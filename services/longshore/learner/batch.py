@@ -75,10 +75,13 @@ def _sequence(rollout: Rollout, segment: Segment, by_id: dict[str, Segment], adv
 
 
 def _prefix(segment: Segment, by_id: dict[str, Segment]) -> list[int]:
-    if segment.parent_segment_id is None:
-        return []
-    parent = by_id[segment.parent_segment_id]
-    return [*_prefix(parent, by_id), *parent.token_ids[: segment.prefix_len]]
+    # From the nearest parent to the first; a chain may be longer than Python's stack.
+    parts: list[tuple[int, ...]] = []
+    while segment.parent_segment_id is not None:
+        parent = by_id[segment.parent_segment_id]
+        parts.append(parent.token_ids[: segment.prefix_len])
+        segment = parent
+    return [token for part in reversed(parts) for token in part]
 
 
 def micro_batches(sequences: Sequence[TrainSequence], max_tokens: int) -> Iterator[MicroBatch]:

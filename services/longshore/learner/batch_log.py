@@ -5,10 +5,10 @@ One JSON line a step, synced to disk. After a crash the steps beyond the checkpo
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from longshore.learner.durable_lines import append_line, read_lines
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,20 @@ class BatchRecord:
     epoch: int
     # In the order in which they were put together.
     groups: tuple[int, ...]
-    # (rollout_id, use) of every rollout in the batch, in order.
+    # (rollout_id, use) of every rollout in the batch, in order; the late ones come last.
     uses: tuple[tuple[str, int], ...]
+    # Rollouts whose verdict came after their group had been trained on.
+    late: tuple[str, ...] = ()
+
+    @property
+    def members(self) -> list[tuple[int, int]]:
+        """(group, index) of the rollouts of `groups`."""
+        return [_pair(key) for key, _ in self.uses[: len(self.uses) - len(self.late)]]
+
+    @property
+    def late_members(self) -> list[tuple[int, int]]:
+        """(group, index) of the late ones."""
+        return [_pair(key) for key in self.late]
 
 
 class BatchLog:
@@ -31,14 +43,7 @@ class BatchLog:
 
     def append(self, record: BatchRecord) -> None:
         """Returns when the record is on disk."""
-        line = json.dumps(
-            {"step": record.step, "epoch": record.epoch, "groups": record.groups, "uses": record.uses},
-            separators=(",", ":"),
-        )
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, asdict(record))
 
     def after(self, step: int) -> list[BatchRecord]:
         """Records of the steps beyond `step`, in order. A last line that a crash tore is dropped from the file.
@@ -46,22 +51,18 @@ class BatchLog:
         Where a step was recorded twice (a record was written, its step never taken, and the job went on otherwise),
         the last record counts.
         """
-        if not self.path.exists():
-            return []
         records: dict[int, BatchRecord] = {}
-        good = 0
-        with self.path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                good += len(line)
-                item = json.loads(line)
-                records[item["step"]] = BatchRecord(
-                    item["step"],
-                    item["epoch"],
-                    tuple(item["groups"]),
-                    tuple((key, use) for key, use in item["uses"]),
-                )
-        if good < self.path.stat().st_size:
-            os.truncate(self.path, good)
+        for item in read_lines(self.path):
+            records[item["step"]] = BatchRecord(
+                item["step"],
+                item["epoch"],
+                tuple(item["groups"]),
+                tuple((key, use) for key, use in item["uses"]),
+                tuple(item["late"]),
+            )
         return [record for number, record in sorted(records.items()) if number > step]
+
+
+def _pair(key: str) -> tuple[int, int]:
+    group, _, index = key.partition(".")
+    return int(group), int(index)

@@ -7,6 +7,7 @@ The number only grows, so that no checkpoint ever replaces another.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import structlog
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -68,10 +70,32 @@ def restore_snapshot(trainer: Trainer, snapshot: Snapshot) -> None:
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
-    """Writes the next checkpoint and returns its folder once it is durable; older ones beyond KEEP are removed."""
+    """Writes the next checkpoint and returns its folder once it is durable; older ones beyond KEEP are removed.
+
+    Raises:
+        OSError: it could not be written; nothing of it is left.
+    """
     final = folder / f"checkpoint_{_next_number(folder):06d}"
     part = folder / f".{final.name}.part"
     shutil.rmtree(part, ignore_errors=True)
+    try:
+        _write(part, snapshot)
+        part.rename(final)
+        _sync(folder)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    except SafetensorError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        # The library tells a full disk by text alone.
+        code = errno.ENOSPC if "StorageFull" in str(error) or f"code: {errno.ENOSPC}" in str(error) else errno.EIO
+        raise OSError(code, str(error), str(part)) from error
+    for old in sorted(folder.glob("checkpoint_*"))[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _write(part: Path, snapshot: Snapshot) -> None:
     part.mkdir(parents=True)
     save_file(snapshot.policy, part / "model.safetensors")
     save_file({**snapshot.optimizer, "random_state": snapshot.random_state}, part / "trainer.safetensors")
@@ -80,11 +104,6 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     (part / "manifest.json").write_text(json.dumps({"step": snapshot.step, "sha256": sums}), encoding="utf-8")
     for path in [*part.iterdir(), part]:
         _sync(path)
-    part.rename(final)
-    _sync(folder)
-    for old in sorted(folder.glob("checkpoint_*"))[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def load_newest(folder: Path) -> Snapshot | None:

@@ -15,3 +15,7 @@ class LearnerSettings(JobProcessSettings, BrokerSettings):
     weights: str = Field(description="address of the weight store")
     run_dir: Path = Field(description="the job's folder: metrics, checkpoints, summary")
     signing_key_file: Path = Field(description="Ed25519 private key that signs this job's versions")
+    blobs_url: str = Field("", description="file:// or s3:// URL where large rollouts lie; empty: none do")
+    unacknowledged_mb: float = Field(
+        256, gt=0, description="rollouts trained on that no durable checkpoint contains; more of them make one early"
+    )

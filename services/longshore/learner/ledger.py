@@ -3,80 +3,52 @@
 The authority on "issued = trained + accounted". Pure bookkeeping: knows no broker, no clock and no tensors; the
 checkpoint carries `state()`, and `restore` brings back exactly what it held.
 
-Groups are numbered in the order of issue and live here from issue until they are settled (trained or accounted).
+Groups are numbered in the order of issue. A group is open until it is settled (trained or accounted); members whose
+verdicts are awaited then stay in the books as late ones, and each is settled by itself.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
-from longshore.types import Message, Purpose, Rollout, Task
+from longshore.learner.advantage import Baseline, baseline_of
+from longshore.learner.groups import Ending, Group, LateMember, Origin, as_int, as_list, as_mapping
+from longshore.learner.statistics import rewards_of
+from longshore.types import Purpose, Rollout, Task
 
 # Outcomes of this many settled groups are remembered, to answer repeated deliveries with what really happened. A
 # broker that loses its tail loses seconds, not thousands of groups.
 REMEMBERED_GROUPS = 4096
 TRAINED = "trained"
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How one ticket ended. `entry_id` is its rollout's place in the broker's stream; None: it has none."""
-
-    key: str
-    outcome: str
-    entry_id: str | None
-
-
-@dataclass
-class Group:
-    """The tickets of one task, and what has come home of them."""
-
-    group_id: int
-    purpose: Purpose
-    task: Task
-    size: int
-    # By ticket index.
-    rollouts: dict[int, Rollout] = field(default_factory=dict)
-    final_reasons: dict[int, str] = field(default_factory=dict)
-    entry_ids: dict[int, str] = field(default_factory=dict)
-
-    @property
-    def closed(self) -> bool:
-        """All its tickets are terminal (law 6)."""
-        return len(self.rollouts) + len(self.final_reasons) == self.size
-
-    @property
-    def missing(self) -> list[int]:
-        """Indices of the tickets that are still out."""
-        return [index for index in range(self.size) if index not in self.rollouts and index not in self.final_reasons]
-
-    @property
-    def members(self) -> list[tuple[int, Rollout]]:
-        """Rollouts by index: the order must not depend on who arrived first, or a replay would differ."""
-        return sorted(self.rollouts.items())
+NO_VERDICT = "no_verdict"
 
 
 class Ledger:
-    """All groups from issue to settlement, and the counts of everything that ended."""
+    """All groups from issue to the end of their last ticket, and the counts of everything that ended."""
 
     def __init__(self) -> None:
         self.next_group = 0
         self.issued = 0
-        self.outcomes: Counter[str] = Counter()
+        # (site, outcome) of every ticket that ended.
+        self.ends: Counter[tuple[str, str]] = Counter()
+        # The same, as far as the broker has been told or has told us: what its own counts should say.
+        self.known_at_broker: Counter[tuple[str, str]] = Counter()
         # Insertion order is the order of issue.
         self.open: dict[int, Group] = {}
-        # Training groups in the order in which they closed: what the next batch is taken from.
+        # Groups that were settled without some of their members.
+        self.late: dict[int, Group] = {}
+        # Training groups in the order in which they became trainable: what the next batch is taken from.
         self._ready: deque[int] = deque()
+        self._late_ready: deque[tuple[int, int]] = deque()
         self._empty: list[int] = []
         self._settled: dict[int, dict[int, str]] = {}
 
     # -- issue -------------------------------------------------------------------------------------------------------
 
-    def issue(self, task: Task, purpose: Purpose, size: int) -> Group:
+    def issue(self, task: Task, purpose: Purpose, size: int, pin: int | None = None) -> Group:
         """Opens the next group."""
-        group = Group(self.next_group, purpose, task, size)
+        group = Group(self.next_group, purpose, task, size, pin)
         self.next_group += 1
         self.issued += size
         self.open[group.group_id] = group
@@ -85,80 +57,221 @@ class Ledger:
     def open_groups(self, purpose: Purpose) -> list[Group]:
         return [group for group in self.open.values() if group.purpose is purpose]
 
+    def group(self, group_id: int) -> Group | None:
+        """The group, while one of its tickets has not ended."""
+        return self.open.get(group_id) or self.late.get(group_id)
+
+    @property
+    def unsettled(self) -> list[Group]:
+        """Every group that has a ticket which has not ended."""
+        return [*self.late.values(), *self.open.values()]
+
     # -- what comes home ---------------------------------------------------------------------------------------------
 
-    def receive(self, rollout: Rollout, entry_id: str) -> str | None:
-        """Takes a rollout in. Returns None when it is new, or how its ticket had ended when it is a repeat."""
-        return self._arrive(rollout.ref.group_id, rollout.ref.index, entry_id, rollout, None)
+    def receive(self, rollout: Rollout, origin: Origin) -> str | None:
+        """Takes a scored rollout in, or one that awaited its verdict and has it now.
 
-    def end_ticket(self, group_id: int, index: int, reason: str, entry_id: str) -> str | None:
-        """Takes in that a ticket ended without a rollout. Returns as `receive` does."""
-        return self._arrive(group_id, index, entry_id, None, reason)
-
-    def _arrive(
-        self, group_id: int, index: int, entry_id: str, rollout: Rollout | None, reason: str | None
-    ) -> str | None:
-        group = self.open.get(group_id)
-        if group is None:
-            return self._settled.get(group_id, {}).get(index, TRAINED)
-        if index not in group.missing:
+        Returns None, or how its ticket had ended when it is a repeat.
+        """
+        group, index = self.group(rollout.ref.group_id), rollout.ref.index
+        if group is None or index in group.ended:
+            return self.how_ended(rollout.ref.group_id, index)
+        if group.is_missing(index) or index in group.awaiting:
+            group.awaiting.pop(index, None)
+            group.join(index, rollout)
+            _note(group, index, origin)
+            self._place(group, index)
+        else:
             # The same entry read twice, or one delivered again after the broker lost its tail: first delivery wins,
             # and the newest entry is the one to acknowledge.
-            group.entry_ids[index] = entry_id
-            return None
-        group.entry_ids[index] = entry_id
-        if rollout is not None:
-            group.rollouts[index] = rollout
-        else:
-            assert reason is not None
-            group.final_reasons[index] = reason
-        if group.closed and group.purpose is Purpose.TRAIN:
-            (self._ready if group.rollouts else self._empty).append(group_id)
+            group.entry_ids[index] = origin.entry_id
         return None
+
+    def receive_unscored(self, group_id: int, index: int, payload: bytes, origin: Origin) -> str | None:
+        """Takes a serialised rollout in that awaits its verdict. Returns as `receive`."""
+        group = self.group(group_id)
+        if group is None or index in group.ended:
+            return self.how_ended(group_id, index)
+        if group.is_missing(index):
+            group.awaiting[index] = payload
+            _note(group, index, origin)
+            self._place(group, index)
+        else:
+            group.entry_ids[index] = origin.entry_id
+        return None
+
+    def end_ticket(self, group_id: int, index: int, reason: str, origin: Origin) -> str | None:
+        """Takes in that the broker ended a ticket without a rollout to train on. Returns as `receive`."""
+        group = self.group(group_id)
+        if group is None or index in group.ended:
+            return self.how_ended(group_id, index)
+        if group.is_missing(index) or index in group.awaiting:
+            group.awaiting.pop(index, None)
+            group.final_reasons[index] = reason
+            _note(group, index, origin)
+            self.known_at_broker[origin.site, reason] += 1
+            self._place(group, index)
+        else:
+            group.entry_ids[index] = origin.entry_id
+        return None
+
+    def how_ended(self, group_id: int, index: int) -> str:
+        """How a ticket ended; `trained` where it was so long ago that nobody remembers."""
+        late = self.late.get(group_id)
+        ended = late.ended if late is not None else self._settled.get(group_id, {})
+        return ended.get(index, TRAINED)
+
+    def _place(self, group: Group, index: int) -> None:
+        """Puts what has become ready in line."""
+        if group.baseline is not None:
+            # Also one without a rollout: it has to be accounted for.
+            if index not in group.awaiting:
+                self._late_ready.append((group.group_id, index))
+        elif group.purpose is Purpose.TRAIN and group.closed and not group.in_line:
+            if group.trainable:
+                group.in_line = True
+                self._ready.append(group.group_id)
+            elif not group.awaiting:
+                group.in_line = True
+                self._empty.append(group.group_id)
 
     # -- what is taken out -------------------------------------------------------------------------------------------
 
     @property
     def num_ready(self) -> int:
-        """Closed training groups that wait to be trained on."""
+        """Training groups that wait to be trained on."""
         return len(self._ready)
 
     def take_ready(self, count: int) -> list[Group]:
-        """Takes the `count` groups that closed first. They stay open until settled."""
-        return [self.open[self._ready.popleft()] for _ in range(count)]
+        """Takes the `count` groups that came first. They stay open until settled."""
+        taken = [self.open[self._ready.popleft()] for _ in range(count)]
+        for group in taken:
+            group.taken = True
+        return taken
 
-    def take(self, group_ids: Sequence[int]) -> list[Group] | None:
-        """Takes exactly these groups, in this order (a recorded batch); None while one has not closed."""
-        if not all(group_id in self.open and self.open[group_id].closed for group_id in group_ids):
+    def take_late(self, count: int) -> tuple[list[LateMember], list[Ending]]:
+        """Takes up to `count` late members, first come first, and the endings of late tickets that got no rollout."""
+        members: list[LateMember] = []
+        endings: list[Ending] = []
+        while self._late_ready and len(members) < count:
+            group_id, index = self._late_ready.popleft()
+            group = self.late[group_id]
+            if index in group.final_reasons:
+                endings.append(self.settle_late(group_id, index, group.final_reasons[index]))
+            else:
+                members.append(self._late_member(group, index))
+        return members, endings
+
+    def take_recorded(
+        self, groups: Sequence[int], members: Sequence[tuple[int, int]], late: Sequence[tuple[int, int]]
+    ) -> tuple[list[Group], list[LateMember]] | None:
+        """Takes a recorded batch exactly as it was; None while a part of it has not come home.
+
+        Args:
+            groups: in the order of the record.
+            members: (group, index) of their rollouts that were trained on.
+            late: (group, index) of the late members.
+
+        Raises:
+            LookupError: it can never be taken again: one of its tickets has ended otherwise by now.
+        """
+        whole = True
+        for group_id, index in [*members, *late]:
+            group = self.group(group_id)
+            if group is None or index in group.ended or index in group.final_reasons:
+                raise LookupError(f"ticket {group_id}.{index} has ended otherwise")
+            whole = whole and index in group.rollouts
+        if not all(group_id in self.open for group_id in groups) or not all(pair[0] in self.late for pair in late):
+            raise LookupError("one of its groups was trained on otherwise")
+        if not whole:
             return None
-        for group_id in group_ids:
-            self._ready.remove(group_id)
-        return [self.open[group_id] for group_id in group_ids]
+        taken = []
+        for group_id in groups:
+            group = self.open[group_id]
+            group.hold_back_all_but({index for of_group, index in members if of_group == group_id})
+            if group_id in self._ready:
+                self._ready.remove(group_id)
+            group.in_line = group.taken = True
+            taken.append(group)
+        for pair in late:
+            self._late_ready.remove(pair)
+        return taken, [self._late_member(self.late[group_id], index) for group_id, index in late]
 
     def take_empty(self) -> list[Group]:
         """Takes the training groups that closed without a single rollout: there is nothing to train on."""
         empty, self._empty = self._empty, []
         return [self.open[group_id] for group_id in empty]
 
+    def _late_member(self, group: Group, index: int) -> LateMember:
+        assert group.baseline is not None
+        return LateMember(group.group_id, index, group.rollouts[index], group.baseline)
+
+    # -- settlement --------------------------------------------------------------------------------------------------
+
     def settle(self, group: Group, outcome: str) -> list[Ending]:
-        """Ends a group: its rollouts with `outcome`, its other tickets with their own reasons."""
-        ends = {index: group.final_reasons.get(index, outcome) for index in range(group.size)}
-        self.outcomes.update(ends.values())
+        """Ends a group's rollouts with `outcome`, and its tickets without one with their own reasons. What still
+        awaits its verdict stays as late."""
+        rewards = rewards_of(group)
+        reasons = {**dict.fromkeys(group.rollouts, outcome), **group.final_reasons}
+        endings = [self._end(group, index, reasons[index]) for index in sorted(reasons)]
         del self.open[group.group_id]
-        self._settled[group.group_id] = ends
-        if len(self._settled) > REMEMBERED_GROUPS:
-            self._settled.pop(next(iter(self._settled)))
-        return [
-            Ending(f"{group.group_id}.{index}", reason, group.entry_ids.get(index)) for index, reason in ends.items()
-        ]
+        if group.live:
+            group.baseline = baseline_of(rewards) if rewards else Baseline(0.0, 0.0)
+            self.late[group.group_id] = group
+            group.rollouts, group.held_back, group.taken = group.held_back, {}, False
+            self._late_ready.extend((group.group_id, index) for index in sorted(group.rollouts))
+        else:
+            self._remember(group)
+        return endings
+
+    def settle_late(self, group_id: int, index: int, outcome: str) -> Ending:
+        """Ends one late ticket."""
+        group = self.late[group_id]
+        ending = self._end(group, index, outcome)
+        if not group.live and not group.final_reasons:
+            del self.late[group_id]
+            self._remember(group)
+        return ending
+
+    def abandon(self, group: Group, outcome: str) -> list[Ending]:
+        """Ends whatever has not ended of a group: what awaits its verdict as `no_verdict`, the rest with `outcome`."""
+        left = [index for index in range(group.size) if index not in group.ended]
+        reasons = {**dict.fromkeys(left, outcome), **dict.fromkeys(group.awaiting, NO_VERDICT), **group.final_reasons}
+        endings = [self._end(group, index, reasons[index]) for index in left]
+        self.open.pop(group.group_id, None)
+        self.late.pop(group.group_id, None)
+        self._remember(group)
+        return endings
 
     def settle_all(self, outcome: str) -> list[Ending]:
-        """Ends everything that is still open, for the end of a job."""
-        self._ready.clear()
-        self._empty.clear()
-        return [ending for group in list(self.open.values()) for ending in self.settle(group, outcome)]
+        """Ends everything that is still out, for the end of a job."""
+        for line in (self._ready, self._late_ready, self._empty):
+            line.clear()
+        return [ending for group in self.unsettled for ending in self.abandon(group, outcome)]
+
+    def _end(self, group: Group, index: int, outcome: str) -> Ending:
+        ending = group.ending(index, outcome)
+        self.ends[ending.site, outcome] += 1
+        return ending
+
+    def _remember(self, group: Group) -> None:
+        self._settled[group.group_id] = group.ended
+        if len(self._settled) > REMEMBERED_GROUPS:
+            self._settled.pop(next(iter(self._settled)))
+
+    def acknowledged(self, endings: Iterable[Ending]) -> None:
+        """Notes that the broker has been told of these."""
+        self.known_at_broker.update((ending.site, ending.outcome) for ending in endings if not ending.noticed)
 
     # -- accounts ----------------------------------------------------------------------------------------------------
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """Ended tickets by outcome."""
+        total: Counter[str] = Counter()
+        for (_, outcome), count in self.ends.items():
+            total[outcome] += count
+        return total
 
     @property
     def trained(self) -> int:
@@ -170,9 +283,32 @@ class Ledger:
         return {reason: count for reason, count in sorted(self.outcomes.items()) if reason != TRAINED and count}
 
     @property
+    def by_site(self) -> dict[str, dict[str, int]]:
+        """Ended tickets by site and outcome."""
+        found: dict[str, dict[str, int]] = {}
+        for (site, outcome), count in sorted(self.ends.items()):
+            found.setdefault(site, {})[outcome] = count
+        return found
+
+    @property
+    def num_awaiting(self) -> int:
+        """Rollouts that await their verdict."""
+        return sum(len(group.awaiting) for group in self.unsettled)
+
+    @property
+    def num_active(self) -> int:
+        """Open training groups that take a place in admission."""
+        return sum(group.purpose is Purpose.TRAIN and not group.parked for group in self.open.values())
+
+    @property
+    def num_out(self) -> int:
+        """Tickets that have not ended."""
+        return sum(group.size - len(group.ended) for group in self.unsettled)
+
+    @property
     def balanced(self) -> bool:
-        """The equation: issued = trained + accounted + still open."""
-        return self.issued == self.outcomes.total() + sum(group.size for group in self.open.values())
+        """The equation: issued = trained + accounted + still out."""
+        return self.issued == self.ends.total() + self.num_out
 
     # -- checkpoint --------------------------------------------------------------------------------------------------
 
@@ -181,78 +317,33 @@ class Ledger:
         return {
             "next_group": self.next_group,
             "issued": self.issued,
-            "outcomes": dict(self.outcomes),
-            "open": [_group_state(group) for group in self.open.values()],
-            "settled": [
-                [group_id, [[index, outcome] for index, outcome in ends.items()]]
-                for group_id, ends in self._settled.items()
-            ],
+            "ends": [[site, outcome, count] for (site, outcome), count in self.ends.items()],
+            "open": [group.state() for group in self.open.values()],
+            "late": [group.state() for group in self.late.values()],
+            "settled": [[group_id, list(ends.items())] for group_id, ends in self._settled.items()],
         }
 
     @staticmethod
     def restore(state: dict[str, object]) -> Ledger:
         """The ledger that `state` was taken of, without the rollouts that had come home."""
         ledger = Ledger()
-        ledger.next_group = _int(state["next_group"])
-        ledger.issued = _int(state["issued"])
-        ledger.outcomes = Counter({reason: _int(count) for reason, count in _mapping(state["outcomes"]).items()})
-        for item in _list(state["open"]):
-            group = _group_from_state(_mapping(item))
-            ledger.open[group.group_id] = group
-        for item in _list(state["settled"]):
-            group_id, ends = _list(item)
-            pairs = [_list(pair) for pair in _list(ends)]
-            ledger._settled[_int(group_id)] = {_int(index): str(outcome) for index, outcome in pairs}
+        ledger.next_group = as_int(state["next_group"])
+        ledger.issued = as_int(state["issued"])
+        for site, outcome, count in map(as_list, as_list(state["ends"])):
+            ledger.ends[str(site), str(outcome)] = as_int(count)
+        # What a checkpoint says has ended is acknowledged again when it is loaded.
+        ledger.known_at_broker = Counter(ledger.ends)
+        for groups, items in ((ledger.open, state["open"]), (ledger.late, state["late"])):
+            for item in as_list(items):
+                group = Group.restore(as_mapping(item))
+                groups[group.group_id] = group
+        for group_id, ends in map(as_list, as_list(state["settled"])):
+            pairs = [as_list(pair) for pair in as_list(ends)]
+            ledger._settled[as_int(group_id)] = {as_int(index): str(outcome) for index, outcome in pairs}
         return ledger
 
 
-def tickets_of(groups: Iterable[Group]) -> list[tuple[Group, int]]:
-    """(group, index) of every ticket that is still out, in the order of issue."""
-    return [(group, index) for group in groups for index in group.missing]
-
-
-def _group_state(group: Group) -> dict[str, object]:
-    task = group.task
-    return {
-        "group_id": group.group_id,
-        "purpose": group.purpose.value,
-        "size": group.size,
-        "task": {
-            "task_id": task.task_id,
-            "messages": [[message.role, message.content] for message in task.messages],
-            "answer": task.answer,
-            "info": task.info,
-            "environment": task.environment,
-        },
-    }
-
-
-def _group_from_state(state: dict[str, object]) -> Group:
-    task = _mapping(state["task"])
-    return Group(
-        group_id=_int(state["group_id"]),
-        purpose=Purpose(state["purpose"]),
-        size=_int(state["size"]),
-        task=Task(
-            task_id=str(task["task_id"]),
-            messages=tuple(Message(*[str(part) for part in _list(pair)]) for pair in _list(task["messages"])),
-            answer=None if task["answer"] is None else str(task["answer"]),
-            info=_mapping(task["info"]),
-            environment=str(task["environment"]),
-        ),
-    )
-
-
-def _int(value: object) -> int:
-    assert isinstance(value, int)
-    return value
-
-
-def _list(value: object) -> list[object]:
-    assert isinstance(value, list)
-    return value
-
-
-def _mapping(value: object) -> dict[str, object]:
-    assert isinstance(value, dict)
-    return value
+def _note(group: Group, index: int, origin: Origin) -> None:
+    group.entry_ids[index] = origin.entry_id
+    group.sites[index] = origin.site
+    group.num_bytes[index] = origin.num_bytes

@@ -22,5 +22,21 @@ TICKETS = Gauge(
     "longshore_learner_tickets_ended", "Tickets by how they ended; a restart resumes the counts", (*LABELS, "outcome")
 )
 IN_FLIGHT = Gauge("longshore_learner_tickets_in_flight", "Tickets issued and not ended", LABELS)
-IMBALANCE = Gauge("longshore_learner_ledger_imbalanced", "1 while issued is not trained + accounted + open", LABELS)
+IMBALANCE = Gauge(
+    "longshore_learner_ledger_imbalance",
+    "Tickets in no state or in two: issued - sum of the states (books=broker), and the broker's issued - the "
+    "learner's (books=learner). Anything but 0 is a fault",
+    (*LABELS, "books"),
+)
 REPEATS = Counter("longshore_learner_repeated_deliveries_total", "Deliveries of tickets that had ended", LABELS)
+REJECTED = Counter(
+    "longshore_learner_rejected_deliveries_total", "Deliveries set aside, by reason", (*LABELS, "reason")
+)
+AWAITING = Gauge("longshore_learner_rollouts_awaiting_verdict", "Rollouts at home that await their verdict", LABELS)
+LATE = Counter("longshore_learner_late_members_total", "Rollouts whose verdict came after their group's step", LABELS)
+UNACKNOWLEDGED = Gauge(
+    "longshore_learner_unacknowledged_bytes",
+    "Rollouts trained on or accounted that no durable checkpoint contains",
+    LABELS,
+)
+RECONCILED = Counter("longshore_learner_reconciliations_total", "Times the broker's counts were made anew", LABELS)

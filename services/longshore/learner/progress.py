@@ -13,6 +13,8 @@ class Progress:
     version: int = 0
     # Ordinal of the next training task in the source.
     cursor: int = 0
+    # Id of the newest wish to attempt a dead letter again that was fulfilled; "": none.
+    newest_wish: str = ""
     # Unix seconds of the first incarnation's start.
     started_at: float = 0.0
     # "before" and "after" -> mean reward on held-out tasks.

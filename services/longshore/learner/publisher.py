@@ -7,7 +7,6 @@ await publisher.wait()                   # until the last one is in the store
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 import torch
 
 from longshore.errors import NotFound
+from longshore.learner.disk import when_there_is_room
+from longshore.learner.durable_lines import append_line, read_lines
 from longshore.learner.trainer import canary_logprobs
 from longshore.signing import SigningKey
 from longshore.weights.client import CanaryProbe, Tensor, VersionDraft, WeightsClient, checksum_of
@@ -38,15 +39,12 @@ class VersionLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._checksums: dict[int, str] = {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-                item = json.loads(line)
-                self._checksums[item["version"]] = item["checksum"]
+        for item in read_lines(path):
+            self._checksums[item["version"]] = item["checksum"]
 
     def append(self, version: int, checksum: str) -> None:
         self._checksums[version] = checksum
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"version": version, "checksum": checksum}) + "\n")
+        append_line(self._path, {"version": version, "checksum": checksum}, sync=False)
 
     def checksum(self, version: int) -> str | None:
         return self._checksums.get(version)
@@ -71,7 +69,7 @@ class Publisher:
         self._canary = canary
         self._log = log
         self._running: asyncio.Task[bool] | None = None
-        # Highest version in the store when this incarnation began: numbers up to it are taken.
+        # Highest version that exists: numbers up to it are taken.
         self._taken = -1
 
     async def start(self) -> None:
@@ -80,6 +78,11 @@ class Publisher:
             self._taken = await self._client.head(timeout=30.0)
         except NotFound:
             self._taken = -1
+
+    @property
+    def newest(self) -> int:
+        """Highest version that exists or is on its way, of whichever incarnation."""
+        return self._taken
 
     async def publish(self, policy: torch.nn.Module, version: int, lineage: Lineage) -> int:
         """Publishes the policy's present weights and returns their version.
@@ -102,7 +105,8 @@ class Publisher:
             created_at=time.time(),
         )
         self._taken = max(self._taken, version)
-        self._log.append(version, checksum_of(tensors))
+        checksum = checksum_of(tensors)
+        await when_there_is_room(lambda: self._log.append(version, checksum), "a version's checksum")
         self._running = asyncio.create_task(self._client.publish(self._key, draft, tensors, self._assets))
         return version
 

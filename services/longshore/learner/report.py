@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from longshore.learner.durable_lines import append_line
+
 FIRST_STEPS = 5
 LAST_FRACTION = 0.1
 Metrics = dict[str, float]
@@ -19,8 +21,8 @@ class MetricsFile:
         self.path = path
 
     def append(self, metrics: Metrics) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        """Raises OSError; then nothing of the line is written."""
+        append_line(self.path, metrics, sync=False)
 
     def read(self) -> list[Metrics]:
         """All lines that were written whole."""

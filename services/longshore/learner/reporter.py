@@ -12,10 +12,11 @@ import structlog
 
 from longshore.config import JobSpec
 from longshore.learner import metrics
-from longshore.learner.ledger import Group, Ledger
+from longshore.learner.disk import when_there_is_room
+from longshore.learner.groups import Group
+from longshore.learner.ledger import Ledger
 from longshore.learner.progress import Progress
 from longshore.learner.report import MetricsFile, draw_reward, first_and_last, write_json
-from longshore.learner.statistics import batch_metrics
 from longshore.types import JobRef
 
 log = structlog.get_logger()
@@ -73,12 +74,11 @@ class Reporter:
         self,
         progress: Progress,
         ledger: Ledger,
-        groups: Sequence[Group],
-        version: int,
+        batch: dict[str, float],
         results: dict[str, float],
         times: dict[str, float],
     ) -> None:
-        """One train step: `version` is that of the weights before it, `times` in seconds."""
+        """One train step: `batch` is what `batch_metrics` says of it, `times` in seconds."""
         now = time.monotonic()
         elapsed, self._last_step_at = now - self._last_step_at, now
         self._pace.append(elapsed)
@@ -86,14 +86,15 @@ class Reporter:
         line = {
             "step": float(progress.step),
             "policy_version": float(progress.version),
-            **batch_metrics(groups, version),
+            **batch,
+            "tickets/issued": float(ledger.issued),
             **results,
             **{f"time/{name}": value for name, value in times.items()},
             "time/step": elapsed,
             "time/remaining": left * sum(self._pace) / len(self._pace),
         }
         line["perf/tokens_per_s"] = line["tokens/sampled"] / max(elapsed, 1e-9)
-        self._lines.append(line)
+        await when_there_is_room(lambda: self._lines.append(line), "a line of metrics")
         self._observe(line, times, ledger)
         await self._publish({"type": "step", "step": progress.step, "steps": self._spec.train.steps, "metrics": line})
 
@@ -105,8 +106,7 @@ class Reporter:
         metrics.STEP_SECONDS.labels(*self._labels).observe(times["forward_backward"])
         metrics.WAIT_SECONDS.labels(*self._labels).inc(times["wait_for_batch"])
         metrics.TOKENS.labels(*self._labels).inc(line["tokens/sampled"])
-        metrics.IN_FLIGHT.labels(*self._labels).set(sum(group.size for group in ledger.open.values()))
-        metrics.IMBALANCE.labels(*self._labels).set(0 if ledger.balanced else 1)
+        metrics.IN_FLIGHT.labels(*self._labels).set(ledger.num_out)
         for outcome, count in ledger.outcomes.items():
             metrics.TICKETS.labels(*self._labels, outcome).set(count)
 
@@ -135,6 +135,7 @@ class Reporter:
             "rollouts_issued": ledger.issued,
             "rollouts_trained": ledger.trained,
             "rollouts_accounted": ledger.accounted,
+            "rollouts_by_site": ledger.by_site,
             "reward_first": first,
             "reward_last": last,
             "eval_before": progress.evaluations.get("before"),

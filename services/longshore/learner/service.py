@@ -11,20 +11,25 @@ from pathlib import Path
 import structlog
 import torch
 
-from longshore.config import WarmStartSpec
+from longshore.config import JobSpec, WarmStartSpec
 from longshore.learner.broker_link import BrokerLink, Cancelled
 from longshore.learner.checkpoint import Snapshot, load_newest, restore_snapshot, take_snapshot, write_checkpoint
 from longshore.learner.config import LearnerSettings
-from longshore.learner.intake import Intake
+from longshore.learner.disk import when_there_is_room
+from longshore.learner.durability import covered_by
+from longshore.learner.intake import Intake, Limits
 from longshore.learner.ledger import Ledger
-from longshore.learner.loop import LearnerLoop, Parts
+from longshore.learner.loop import LearnerLoop
 from longshore.learner.model import build_policy, save_checkpoint
+from longshore.learner.parts import Parts
 from longshore.learner.progress import Progress
+from longshore.learner.prompts import Prompts
 from longshore.learner.publisher import Lineage, Publisher, VersionLog
 from longshore.learner.reporter import Reporter
 from longshore.learner.trainer import Trainer
 from longshore.learner.warm_start import demonstrations, warm_start
 from longshore.rollout_queue import broker
+from longshore.rollout_queue.blobs import Blobs
 from longshore.rpc.process import run_process
 from longshore.rpc.server import RpcServer
 from longshore.settings import JobFile
@@ -51,9 +56,9 @@ async def serve(settings: LearnerSettings, stop: asyncio.Event) -> None:
     client = broker.connect(settings.broker_url)
     weights = WeightsClient(settings.weights, job.ref, bytes.fromhex(job.learner_public_key))
     try:
-        await _run(
-            settings, job, BrokerLink(client, job.ref, settings.site, job.spec.resources.max_attempts), weights, stop
-        )
+        blobs = Blobs.open(settings.blobs_url) if settings.blobs_url else None
+        link = BrokerLink(client, job.ref, settings.site, job.spec.resources.max_attempts, blobs=blobs)
+        await _run(settings, job, link, weights, stop)
     finally:
         await weights.close()
         await client.aclose()
@@ -82,6 +87,7 @@ async def _run(
             await reporter.finish("cancelled", Progress(started_at=time.time()), Ledger())
             return
     restore_snapshot(trainer, snapshot)
+    await link.acknowledge(covered_by(snapshot))
     progress, ledger = _progress(snapshot), _ledger(snapshot)
 
     publisher = Publisher(
@@ -94,8 +100,10 @@ async def _run(
     )
     await publisher.start()
     progress.version = await publisher.publish(policy, progress.version, Lineage(progress.step, link.epoch, None))
-    intake = Intake(link, ledger, job.ref, renderer.vocab_size)
-    intake.newest_version = progress.version
+    prompts = Prompts(renderer.prompt_ids)
+    intake = Intake(link, ledger, job.ref, _limits(spec, policy, renderer), prompts)
+    # Of an earlier incarnation there may be versions after our checkpoint's, and rollouts that they made.
+    intake.newest_version = publisher.newest
     heldout = await asyncio.to_thread(heldout_tasks, source, spec.tasks.heldout_fraction, spec.evaluation.tasks)
     parts = Parts(
         job=job.ref,
@@ -109,7 +117,10 @@ async def _run(
         progress=progress,
         cursor=TrainCursor(source, spec.tasks.heldout_fraction, progress.cursor, seed=spec.seed),
         heldout=heldout,
+        reporter=reporter,
         stop=stop,
+        max_unacknowledged=int(settings.unacknowledged_mb * 1024 * 1024),
+        prompts=prompts,
     )
     state = await LearnerLoop(parts).run()
     await reporter.phase("saving")
@@ -138,7 +149,7 @@ async def _first_light(
     progress = Progress(started_at=started_at)
     state = {"ledger": Ledger().state(), "progress": progress.state(), "epoch": link.epoch}
     snapshot = take_snapshot(trainer, 0, state)
-    await asyncio.to_thread(write_checkpoint, checkpoints, snapshot)
+    await when_there_is_room(lambda: write_checkpoint(checkpoints, snapshot), "the first checkpoint")
     return snapshot
 
 
@@ -176,6 +187,15 @@ def _task_source(job: JobFile) -> TaskSource:
     spec = job.spec
     source: TaskSource = load(SOURCES, spec.tasks.source)(spec.tasks, spec.seed, spec.environment.name)
     return source
+
+
+def _limits(spec: JobSpec, policy: torch.nn.Module, renderer: Renderer) -> Limits:
+    return Limits(
+        vocab_size=renderer.vocab_size,
+        max_context=policy.config.max_position_embeddings,
+        max_sampled=spec.sampling.max_new_tokens * spec.environment.max_turns,
+        temperature=spec.sampling.temperature,
+    )
 
 
 def _canary(source: TaskSource, heldout_fraction: float, renderer: Renderer) -> list[int]:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from longshore.learner.advantage import has_signal
-from longshore.learner.ledger import Group
-from longshore.types import FinishReason
+from longshore.learner.groups import Group, LateMember
+from longshore.types import FinishReason, Rollout
 
 
 def rewards_of(group: Group) -> list[float]:
@@ -19,16 +19,21 @@ def rewards_of(group: Group) -> list[float]:
     return rewards
 
 
-def staleness_of(groups: Sequence[Group], version: int) -> list[int]:
+def rollouts_of(groups: Sequence[Group], late: Sequence[LateMember]) -> list[Rollout]:
+    """Every rollout of a batch, in its order."""
+    return [rollout for group in groups for _, rollout in group.members] + [member.rollout for member in late]
+
+
+def staleness_of(groups: Sequence[Group], late: Sequence[LateMember], version: int) -> list[int]:
     """Versions published since each rollout's oldest token, when it is consumed by the step after `version`."""
-    return [version - rollout.min_version for group in groups for _, rollout in group.members]
+    return [version - rollout.min_version for rollout in rollouts_of(groups, late)]
 
 
-def batch_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
+def batch_metrics(groups: Sequence[Group], late: Sequence[LateMember], version: int) -> dict[str, float]:
     """The metrics of a batch that need no model; names as the field has them."""
-    rewards = [reward for group in groups for reward in rewards_of(group)]
-    staleness = staleness_of(groups, version)
-    rollouts = [rollout for group in groups for _, rollout in group.members]
+    rollouts = rollouts_of(groups, late)
+    rewards = [rollout.verdict.reward for rollout in rollouts if rollout.verdict is not None]
+    staleness = staleness_of(groups, late, version)
     lengths = [rollout.num_sampled for rollout in rollouts]
     mean = math.fsum(rewards) / len(rewards)
     return {
@@ -43,5 +48,6 @@ def batch_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": sum(rollout.finish is FinishReason.LENGTH for rollout in rollouts) / len(rollouts),
         "rollouts": float(len(rollouts)),
+        "rollouts/late": float(len(late)),
         "tokens/sampled": float(sum(lengths)),
     }

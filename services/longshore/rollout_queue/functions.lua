@@ -258,8 +258,8 @@ local function renew(keys, args)
   return kept
 end
 
--- ARGV: .., key, attempt, entry, max_attempts, whether the attempt counts ('1' | '0'), reason.
--- Returns 1, or 0 when the attempt is no longer held. An attempt at fault leaves no journal: the next starts anew.
+-- ARGV: .., key, attempt, entry, max_attempts, whether the attempt counts, whether its journal is kept ('1' | '0'),
+-- reason. Returns 1, or 0 when the attempt is no longer held.
 local function give_back(keys, args)
   local job = open_job(keys, args)
   local ticket = held(job, args[3], args[4], args[5])
@@ -269,10 +269,10 @@ local function give_back(keys, args)
   local counts = args[7] == '1'
   local tries = ticket.tries - (counts and 0 or 1)
   if tries >= tonumber(args[6]) then
-    fail(job, ticket, 'attempts_exhausted', args[8])
+    fail(job, ticket, 'attempts_exhausted', args[9])
     return 1
   end
-  if counts then
+  if args[8] == '0' then
     forget_journal(ticket)
   end
   queue_again(job, ticket, tries)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-import zstandard
-
 from longshore.errors import IntegrityError, Rejected
+from longshore.rpc.compression import compress, decompress
 
 MAX_BYTES = 64 * 1024 * 1024
 PLAIN = "plain"
 ZSTD = "zstd"
 # Below this the frame's own bytes eat the gain.
 _MIN_COMPRESSED = 256
-_LEVEL = 3
+# Above this one byte in so many is tried first. What a rollout holds most of is packed already, by columns.
+_MIN_TRIED = 4096
+_TRIED_STEP = 8
+# Unpacking must be worth its while.
+_MIN_GAIN = 0.03
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,15 @@ def encode(payload: bytes) -> Packed:
     if len(payload) > MAX_BYTES:
         raise Rejected("oversized", f"the rollout has {len(payload)} bytes, at most {MAX_BYTES} are allowed")
     sha256 = hashlib.sha256(payload).hexdigest()
-    if len(payload) >= _MIN_COMPRESSED:
-        data = zstandard.ZstdCompressor(level=_LEVEL).compress(payload)
-        if len(data) < 0.95 * len(payload):
+    if len(payload) >= _MIN_COMPRESSED and (len(payload) < _MIN_TRIED or _packs(payload[::_TRIED_STEP])):
+        data = compress(payload)
+        if len(data) <= (1 - _MIN_GAIN) * len(payload):
             return Packed(ZSTD, data, sha256)
     return Packed(PLAIN, payload, sha256)
+
+
+def _packs(sample: bytes) -> bool:
+    return len(compress(sample)) <= (1 - _MIN_GAIN) * len(sample)
 
 
 def decode(packed: Packed) -> bytes:
@@ -47,18 +54,7 @@ def decode(packed: Packed) -> bytes:
     """
     if packed.codec not in (PLAIN, ZSTD):
         raise Rejected("codec", f"unknown codec {packed.codec!r}")
-    payload = _unpack(packed.data) if packed.codec == ZSTD else packed.data
+    payload = decompress(packed.data, MAX_BYTES) if packed.codec == ZSTD else packed.data
     if hashlib.sha256(payload).hexdigest() != packed.sha256:
         raise IntegrityError("a rollout's bytes do not match their SHA-256")
     return payload
-
-
-def _unpack(data: bytes) -> bytes:
-    try:
-        # The declared size is checked first: the library would allocate whatever a frame declares.
-        size = zstandard.frame_content_size(data)
-        if not 0 <= size <= MAX_BYTES:
-            raise Rejected("oversized", f"a compressed rollout declares {size} bytes, at most {MAX_BYTES} are allowed")
-        return zstandard.ZstdDecompressor().decompress(data)
-    except zstandard.ZstdError:
-        raise IntegrityError("a compressed rollout is damaged") from None

@@ -90,7 +90,7 @@ class SiteLeases:
         """As TicketQueue.give_back."""
         counts = "0" if reason == DRAIN else "1"
         await broker.call(
-            self._redis, self._keys, "give_back", *claim.fence, self._max_attempts, counts, reason[:MAX_DETAIL]
+            self._redis, self._keys, "give_back", *claim.fence, self._max_attempts, counts, "0", reason[:MAX_DETAIL]
         )
 
     async def reject(self, claim: Claim, reason: str, detail: str) -> None:

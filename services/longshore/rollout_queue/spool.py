@@ -79,7 +79,6 @@ class Spool:
 
         Raises:
             Conflict: another process owns the folder.
-            IntegrityError: a file in it is not a spool's.
             OSError: the folder cannot be used.
         """
         segments = Segments(folder, min(segment_bytes, max(max_bytes // 8, 1)), disk or RealDisk())
@@ -104,6 +103,11 @@ class Spool:
     @property
     def max_bytes(self) -> int:
         return self._max_bytes
+
+    @property
+    def wanted_bytes(self) -> int:
+        """Bytes of the records alone; the rest of `used_bytes` is freed when an append needs it, or before."""
+        return sum(size for size, _ in self._wanted.values())
 
     def keys(self) -> list[str]:
         """Keys of all records, oldest first."""

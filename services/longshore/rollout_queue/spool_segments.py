@@ -16,12 +16,13 @@ from typing import Protocol
 
 import structlog
 
-from longshore.errors import Conflict, IntegrityError
+from longshore.errors import Conflict
 from longshore.rollout_queue.spool_format import MAGIC, Scanned, scan
 
 log = structlog.get_logger()
 
 _SUFFIX = ".spool"
+_ASIDE = ".aside"
 
 
 class Disk(Protocol):
@@ -87,8 +88,7 @@ class Segments:
     def recover(self) -> Iterator[tuple[int, Scanned]]:
         """Every whole frame, oldest first, with its segment's number; cuts torn tails off.
 
-        Raises:
-            IntegrityError: a file with a segment's name is none.
+        A file that does not begin as a segment does is set aside: torn before it held anything, or not ours.
         """
         for path in sorted(self._folder.glob(f"[0-9]*{_SUFFIX}")):
             number = int(path.stem)
@@ -97,7 +97,9 @@ class Segments:
             head = data[: len(MAGIC)]
             # Zeros: a crash came between the file's size and its first bytes.
             if not MAGIC.startswith(head) and any(head):
-                raise IntegrityError(f"{path} is not a segment of a spool")
+                log.error("spool: not a segment, set aside", file=path.name, bytes=len(data))
+                path.rename(path.with_suffix(_ASIDE))
+                continue
             end = len(MAGIC)
             for frame in scan(data):
                 end = frame.offset + frame.length

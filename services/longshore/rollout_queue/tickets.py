@@ -31,6 +31,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 DRAIN = "drain"
+UNAVAILABLE = "unavailable"
 ATTEMPTS_EXHAUSTED = "attempts_exhausted"
 MALFORMED = "malformed"
 TRAINED = "trained"
@@ -182,12 +183,13 @@ class TicketQueue:
     async def give_back(self, claim: Claim, reason: str) -> None:
         """Returns a ticket to the queue at once; without attempts left it ends as attempts_exhausted.
 
-        The reason DRAIN says that the attempt was not at fault: it does not count, and its journal is kept for the
-        next. Does nothing when the claim is no longer held.
+        DRAIN says that the attempt was told to end: it does not count. After that, and after UNAVAILABLE (a peer was
+        away), the next attempt finds the journal; an attempt that was itself at fault leaves none. Does nothing when
+        the claim is no longer held.
         """
-        counts = "0" if reason == DRAIN else "1"
+        flags = ("0" if reason == DRAIN else "1", "1" if reason in (DRAIN, UNAVAILABLE) else "0")
         await broker.call(
-            self._redis, self._keys, "give_back", *claim.fence, self._max_attempts, counts, reason[:MAX_DETAIL]
+            self._redis, self._keys, "give_back", *claim.fence, self._max_attempts, *flags, reason[:MAX_DETAIL]
         )
 
     async def reject(self, claim: Claim, reason: str, detail: str) -> None:

@@ -161,6 +161,7 @@ def ticket_to_proto(ticket: t.Ticket) -> ticket_pb2.Ticket:
         learner_epoch=ticket.learner_epoch,
         version=version_to_proto(ticket.version) if ticket.version else None,
         issued_at=timestamp(ticket.issued_at),
+        prompt_digest=ticket.prompt_digest,
     )
 
 
@@ -174,6 +175,7 @@ def ticket_from_proto(message: ticket_pb2.Ticket) -> t.Ticket:
         learner_epoch=message.learner_epoch,
         issued_at=seconds(message.issued_at),
         version=version_from_proto(message.version) if message.HasField("version") else None,
+        prompt_digest=message.prompt_digest,
     )
 
 

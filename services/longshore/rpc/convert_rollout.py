@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Callable, Sequence
 
 import google.protobuf.message
 
 from longshore import types as t
 from longshore.errors import Rejected
 from longshore.proto.v1 import rollout_pb2
-from longshore.rpc import convert
+from longshore.rpc import convert, token_columns
+from longshore.rpc.convert_segment import leading_given, segments_from_proto, segments_to_proto
+from longshore.rpc.rollout_checks import check_bounds
 
-MAX_TOKENS = 4_000_000
+Prompt = Callable[[], Sequence[int] | None]
 
 
-def rollout_to_bytes(rollout: t.Rollout) -> bytes:
-    """Serialises a rollout for a stream entry."""
+def rollout_to_bytes(rollout: t.Rollout, prompt_digest: bytes = b"") -> bytes:
+    """Serialises a rollout for a stream entry, its log-probs rounded (see rpc.token_columns).
+
+    The prompt is left out if it has this digest, its ticket's: then only who issued the ticket can read the rollout.
+    """
+    prompt = leading_given(rollout.segments)
+    left_out = bool(prompt and prompt_digest) and token_columns.prompt_digest(prompt) == prompt_digest
     message = rollout_pb2.Rollout(
         schema_version=convert.SCHEMA_VERSION,
         ref=convert.ref_to_proto(rollout.ref),
@@ -24,7 +31,7 @@ def rollout_to_bytes(rollout: t.Rollout) -> bytes:
         origin=rollout_pb2.ORIGIN_TICKET,
         task_id=rollout.task_id,
         purpose=convert.PURPOSE[rollout.purpose],
-        segments=[_segment_to_proto(segment) for segment in rollout.segments],
+        segments=segments_to_proto(rollout.segments, left_out),
         turns=[_turn_to_proto(turn) for turn in rollout.turns],
         sampling=[convert.sampling_to_proto(item) for item in rollout.sampling],
         engines=[engine_to_proto(item) for item in rollout.engines],
@@ -36,16 +43,21 @@ def rollout_to_bytes(rollout: t.Rollout) -> bytes:
         finished_at=convert.timestamp(rollout.finished_at),
         site=rollout.site,
         actor=rollout.actor,
+        prompt_digest=prompt_digest if left_out else b"",
     )
     return message.SerializeToString()
 
 
-def rollout_from_bytes(payload: bytes) -> t.Rollout:
+def rollout_from_bytes(payload: bytes, prompt: Prompt | None = None) -> t.Rollout:
     """Reads and validates a rollout.
+
+    Args:
+        payload: what `rollout_to_bytes` made.
+        prompt: gives the token ids of the ticket's prompt, or None; asked only if the rollout leaves them out.
 
     Raises:
         Rejected: reasons `malformed`, `schema`, `empty`, `oversized`, `span_lengths`, `logprobs`, `turns`, `tables`,
-            `versions`, `not_finite`, `sampling`.
+            `versions`, `not_finite`, `sampling`, `reward`; `prompt`: it is left out, and `prompt` gives another one.
     """
     message = rollout_pb2.Rollout()
     try:
@@ -54,15 +66,13 @@ def rollout_from_bytes(payload: bytes) -> t.Rollout:
         raise Rejected("malformed", "not a serialised rollout") from None
     if message.schema_version != convert.SCHEMA_VERSION:
         raise Rejected("schema", f"schema_version {message.schema_version} is not {convert.SCHEMA_VERSION}")
-    segments = tuple(_segment_from_proto(item) for item in message.segments)
-    if sum(len(segment.token_ids) for segment in segments) > MAX_TOKENS:
-        raise Rejected("oversized", f"more than {MAX_TOKENS} tokens")
+    left_out = _prompt_of(message, prompt) if message.prompt_digest else ()
     rollout = t.Rollout(
         ref=convert.ref_from_proto(message.ref),
         attempt=message.attempt,
         purpose=convert.enum_value(convert.PURPOSE, message.purpose, "purpose"),  # type: ignore[arg-type]
         task_id=message.task_id,
-        segments=segments,
+        segments=segments_from_proto(message.segments, left_out),
         turns=tuple(_turn_from_proto(item) for item in message.turns),
         sampling=tuple(convert.sampling_from_proto(item) for item in message.sampling),
         engines=tuple(engine_from_proto(item) for item in message.engines),
@@ -75,6 +85,13 @@ def rollout_from_bytes(payload: bytes) -> t.Rollout:
     )
     _check(rollout, message)
     return rollout
+
+
+def _prompt_of(message: rollout_pb2.Rollout, prompt: Prompt | None) -> Sequence[int]:
+    token_ids = prompt() if prompt is not None else None
+    if not token_ids or token_columns.prompt_digest(token_ids) != message.prompt_digest:
+        raise Rejected("prompt", "the rollout leaves out a prompt that is not its ticket's")
+    return token_ids
 
 
 def engine_to_proto(engine: t.EngineFingerprint) -> rollout_pb2.EngineFingerprint:
@@ -110,65 +127,7 @@ def _check(rollout: t.Rollout, message: rollout_pb2.Rollout) -> None:
     for turn in rollout.turns:
         if turn.length < 1 or turn.start + turn.length > lengths.get(turn.segment_id, -1):
             raise Rejected("turns", "a turn lies outside its segment")
-
-
-def _segment_to_proto(segment: t.Segment) -> rollout_pb2.Segment:
-    return rollout_pb2.Segment(
-        segment_id=segment.segment_id,
-        parent_segment_id=segment.parent_segment_id or "",
-        prefix_len=segment.prefix_len,
-        token_ids=segment.token_ids,
-        spans=[_span_to_proto(span) for span in segment.spans],
-    )
-
-
-def _span_to_proto(span: t.Span) -> rollout_pb2.Span:
-    if isinstance(span, t.GivenSpan):
-        return rollout_pb2.Span(kind=rollout_pb2.SPAN_KIND_GIVEN, length=span.length)
-    return rollout_pb2.Span(
-        kind=rollout_pb2.SPAN_KIND_SAMPLED,
-        length=span.length,
-        policy_version=span.version,
-        logprobs=span.logprobs,
-        sampling_index=span.sampling_index,
-        engine_index=span.engine_index,
-        kv=convert.KV[span.kv],
-        kv_min_version=span.kv_min_version,
-    )
-
-
-def _segment_from_proto(message: rollout_pb2.Segment) -> t.Segment:
-    spans = tuple(_span_from_proto(item) for item in message.spans)
-    if sum(span.length for span in spans) != len(message.token_ids):
-        raise Rejected("span_lengths", f"segment {message.segment_id}: spans do not add up to its tokens")
-    return t.Segment(
-        segment_id=message.segment_id,
-        token_ids=tuple(message.token_ids),
-        spans=spans,
-        parent_segment_id=message.parent_segment_id or None,
-        prefix_len=message.prefix_len,
-    )
-
-
-def _span_from_proto(message: rollout_pb2.Span) -> t.Span:
-    if message.length < 1:
-        raise Rejected("span_lengths", "a span has no tokens")
-    if message.kind == rollout_pb2.SPAN_KIND_GIVEN:
-        return t.GivenSpan(message.length)
-    if message.kind != rollout_pb2.SPAN_KIND_SAMPLED:
-        raise Rejected("malformed", f"span kind {message.kind} is unknown")
-    if len(message.logprobs) != message.length:
-        raise Rejected("logprobs", f"{len(message.logprobs)} log-probs for {message.length} sampled tokens")
-    if not all(math.isfinite(value) and value <= 1e-4 for value in message.logprobs):
-        raise Rejected("logprobs", "log-probs must be finite and not above 0")
-    return t.SampledSpan(
-        version=message.policy_version,
-        logprobs=tuple(message.logprobs),
-        sampling_index=message.sampling_index,
-        engine_index=message.engine_index,
-        kv=convert.kv_from_proto(message.kv),
-        kv_min_version=message.kv_min_version if message.HasField("kv_min_version") else None,
-    )
+    check_bounds(rollout)
 
 
 def _turn_to_proto(turn: t.Turn) -> rollout_pb2.Turn:

@@ -13,6 +13,7 @@ from typing import Any
 from longshore.config import DirectoryModel, JobSpec, parse_job, salvage
 from longshore.errors import Fault, InvalidJobSpec, PluginError
 from longshore.tasks import registry
+from longshore.tasks.environment import declaration_fault
 from longshore.tasks.source import TaskSource, scan_heldout, scan_limit, too_few
 from longshore.types import Task
 
@@ -71,6 +72,8 @@ def _check_plugin(group: str, part: str, name: str, options: dict[str, object]) 
         kind = registry.load(group, name)
     except PluginError as error:
         return [Fault(f"{part}.name", name, str(error))]
+    if group == registry.ENVIRONMENTS and (wrong := declaration_fault(kind)):
+        return [Fault(f"{part}.name", name, f"the environment {wrong}")]
     check = getattr(kind, "check_options", None)
     if check is None:
         return []

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from longshore.actor.episode import AttemptFailed
+from longshore.actor.outbox import Finished, Outbox
 from longshore.actor.runner import Runner, RunnerLimits, until_stopped
 from longshore.errors import Fenced, Rejected, Unavailable
+from longshore.rollout_queue.broker import BrokerFull
 from longshore.rollout_queue.tickets import Claim
 
 WAIT_S = 30.0
@@ -24,6 +26,7 @@ class Observations:
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()
         self.most = 0
+        self.times_held = 0
 
     def started(self, running: int) -> None:
         self.most = max(self.most, running)
@@ -31,6 +34,11 @@ class Observations:
     def ended(self, outcome: str, seconds: float, running: int) -> None:
         assert seconds >= 0
         self.outcomes[outcome] += 1
+
+    def not_spooled(self) -> None: ...
+
+    def held(self) -> None:
+        self.times_held += 1
 
 
 class Work:
@@ -43,7 +51,7 @@ class Work:
         self.claims: list[Claim] = []
         self.cancelled: list[str] = []
 
-    async def __call__(self, claim: Claim) -> bytes:
+    async def __call__(self, claim: Claim) -> Finished:
         self.claims.append(claim)
         key = claim.ticket.ref.key
         try:
@@ -53,7 +61,7 @@ class Work:
             raise
         if self.scripts.get(key):
             raise self.scripts[key].pop(0)
-        return f"payload {key}".encode()
+        return Finished(f"payload {key}".encode())
 
 
 class Actor:
@@ -62,7 +70,9 @@ class Actor:
     def __init__(self, bench: Any, name: str = "actor-0", **limits: float) -> None:
         self.work, self.seen, self.stop = Work(), Observations(), asyncio.Event()
         wanted = {"places": 8, "lease_s": 30.0, "drain_s": 0.2, "broker_patience_s": 20.0, **limits}
-        self.runner = Runner(name, bench.tickets, bench.rollouts, self.work, RunnerLimits(**wanted), self.seen)  # type: ignore[arg-type]
+        self.outbox = Outbox(bench.rollouts, None, wanted["broker_patience_s"], self.seen)
+        limits_ = RunnerLimits(**wanted)  # type: ignore[arg-type]
+        self.runner = Runner(name, bench.tickets, self.outbox, self.work, limits_, self.seen)
         self.task = asyncio.create_task(self.runner.run(self.stop))
 
     async def end(self) -> None:
@@ -197,8 +207,8 @@ async def test_a_delivery_in_progress_is_no_lost_lease(bench: Any, start: Callab
     await bench.issued(1)
     deliver, renewed = bench.rollouts.deliver, asyncio.Event()
 
-    async def delivered_but_not_answered(claim: Claim, rollout: bytes) -> bool:
-        found = await deliver(claim, rollout)
+    async def delivered_but_not_answered(claim: Claim, rollout: bytes, awaiting_verdict: bool) -> bool:
+        found = await deliver(claim, rollout, awaiting_verdict)
         await renewed.wait()
         return bool(found)
 
@@ -266,6 +276,61 @@ async def test_drain_finishes_what_it_can_and_gives_the_rest_back(bench: Any, st
     finishing.work.gate.set()
     await finishing.end()
     assert finishing.seen.outcomes == {"delivered": 1}
+
+
+async def test_nothing_is_claimed_while_there_is_no_room(bench: Any, start: Callable[..., Actor]) -> None:
+    await bench.issued(2)
+    room = [False]
+    actor = start(bench)
+    actor.outbox.has_room = lambda: room[0]  # type: ignore[method-assign]
+    await asyncio.sleep(0.3)
+    assert await states(bench) == {"queued": 2}
+    room[0] = True
+    await until(lambda: _equals(delivered(bench), 2), actor)
+
+
+async def test_an_attempt_that_finds_itself_superseded_ends(bench: Any, start: Callable[..., Actor]) -> None:
+    await bench.issued(1)
+    actor = start(bench)
+    actor.work.scripts = {"0.0": [Fenced("another attempt holds it")]}
+    await until(lambda: actor.seen.outcomes == {"fenced": 1}, actor)
+    assert await states(bench) == {"running": 1}
+
+
+async def test_a_rollout_is_held_while_its_lease_lives(bench: Any, start: Callable[..., Actor]) -> None:
+    await bench.issued(2)
+    deliver, full = bench.rollouts.deliver, [True]
+
+    async def refused(claim: Claim, rollout: bytes, awaiting_verdict: bool) -> bool:
+        if full[0]:
+            raise BrokerFull("full")
+        return bool(await deliver(claim, rollout, awaiting_verdict))
+
+    bench.rollouts.deliver = refused
+    actor = start(bench, places=2, lease_s=0.6)
+    # Longer than the lease.
+    await asyncio.sleep(1.2)
+    assert actor.seen.times_held >= 2
+    assert await states(bench) == {"running": 2}
+    lost = actor.work.claims[0]
+    taken: list[Claim] = []
+    while not taken:
+        await bench.age([lost])
+        taken = await bench.tickets.take_over("actor-9", 1, 1_800_000)
+    await until(lambda: actor.seen.outcomes == {"fenced": 1}, actor)
+    full[0] = False
+    await until(lambda: _equals(delivered(bench), 1), actor)
+    assert actor.seen.outcomes == {"fenced": 1, "delivered": 1}
+
+
+async def test_what_is_spooled_is_not_given_back(bench: Any, start: Callable[..., Actor]) -> None:
+    await bench.issued(2)
+    actor = start(bench, drain_s=0.2)
+    actor.work.gate.clear()
+    await until(lambda: len(actor.work.claims) == 2, actor)
+    actor.outbox.holds = lambda claim: claim.ticket.ref.key == "0.0"  # type: ignore[method-assign]
+    await actor.end()
+    assert await states(bench) == {"running": 1, "queued": 1}
 
 
 async def test_survives_the_broker_s_death(

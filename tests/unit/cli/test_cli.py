@@ -78,13 +78,21 @@ def refused(done: Done, code: int) -> list[str]:
 def test_version_and_help(command: Command) -> None:
     assert command("--version").stdout.strip() == longshore.__version__
     told = command("--help").stdout
-    names = ["run", "up", "down", "submit", "jobs", "watch", "logs", "cancel", "validate", "serve"]
-    assert all(f" {name} " in told for name in names)
+    names = ["run", "up", "down", "submit", "jobs", "watch", "logs", "cancel", "ledger", "dead-letters", "validate"]
+    assert all(f" {name} " in told for name in [*names, "serve"])
     assert "--seed" in command("run", "--help").stdout
 
 
 @pytest.mark.parametrize(
-    "arguments", [["bogus"], ["run"], ["up", "--port", "x"], ["serve", "nothing"], ["jobs", "--x"]]
+    "arguments",
+    [
+        ["bogus"],
+        ["run"],
+        ["up", "--port", "x"],
+        ["serve", "nothing"],
+        ["jobs", "--x"],
+        ["dead-letters", "requeue", "x"],
+    ],
 )
 def test_wrong_usage_is_one_line(command: Command, arguments: list[str]) -> None:
     assert len(refused(command(*arguments), 2)) == 1
@@ -129,7 +137,10 @@ def test_a_good_job_is_valid_from_anywhere(command: Command, folder: Path) -> No
     assert (done.returncode, done.stdout) == (0, "jobs/good.yaml is a valid job\n"), done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["jobs"], ["watch", "x"], ["logs", "x"], ["cancel", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["jobs"], ["watch", "x"], ["logs", "x"], ["cancel", "x"], ["ledger", "x"], ["dead-letters", "list", "x"]],
+)
 def test_without_a_stack(command: Command, arguments: list[str]) -> None:
     lines = refused(command(*arguments), 1)
     assert lines == ["longshore: no stack is running here; start one with `longshore up`"]

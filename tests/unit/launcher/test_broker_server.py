@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from longshore.errors import ConfigError
-from longshore.launcher.broker_server import redacted, resolve_broker
-from longshore.launcher.plan import BrokerCommand
+from longshore.launcher.broker_server import redacted, resolve_broker, site_brokers
+from longshore.launcher.plan import BrokerCommand, JobPaths
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +72,26 @@ async def test_without_one_it_is_valkeylites(no_redis_url: Path, tmp_path: Path)
 def test_urls_without_a_password_are_shown_as_they_are() -> None:
     assert redacted("redis://host:1/2?a=b") == "redis://host:1/2?a=b"
     assert redacted("redis://:x@host/2") == "redis://:***@host/2"
+
+
+def test_each_site_of_a_job_has_a_broker_of_its_own_beside_the_supervisor(tmp_path: Path) -> None:
+    paths = JobPaths(tmp_path / "runs" / "a-job-with-a-long-name-1234567890", tmp_path / "key")
+    other = JobPaths(tmp_path / "runs" / "j2", tmp_path / "key")
+    supervisor = "unix:/tmp/x/supervisor.sock"
+    brokers = site_brokers(["west", "east"], paths, supervisor)
+    assert brokers == site_brokers(["west", "east"], paths, supervisor)
+    urls = [command.url for command in (*brokers.values(), *site_brokers(["west"], other, supervisor).values())]
+    assert len(set(urls)) == 3
+    for url in urls:
+        # No longer than the names for which the folder's length was checked.
+        assert len(url.removeprefix("unix:///tmp/x")) <= 15
+    folder = brokers["west"].argv[brokers["west"].argv.index("--dir") + 1]
+    assert folder == str(paths.run_dir / "sites" / "west" / "broker")
+    assert Path(folder).stat().st_mode & 0o777 == 0o700
+
+
+def test_sites_need_a_supervisor_on_this_machine(tmp_path: Path) -> None:
+    paths = JobPaths(tmp_path, tmp_path / "key")
+    assert site_brokers([], paths, "10.0.0.1:7000") == {}
+    with pytest.raises(ConfigError, match="Unix socket"):
+        site_brokers(["west"], paths, "10.0.0.1:7000")

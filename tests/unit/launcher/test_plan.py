@@ -15,7 +15,7 @@ PATHS = JobPaths(Path("/runs/j-1"), Path("/state/jobs/j-1/learner.key"))
 STACK = StackPaths(Path("/state"), Path("/runs"), "unix:/s/supervisor.sock")
 
 
-def job(**resources: int) -> JobFile:
+def job(sites: list[dict[str, object]] | None = None, **resources: int) -> JobFile:
     spec = JobSpec.model_validate(
         {
             "name": "j",
@@ -23,6 +23,7 @@ def job(**resources: int) -> JobFile:
             "verifier": {"name": "exact-match"},
             "train": {"steps": 3},
             "resources": resources,
+            "sites": sites or [],
         }
     )
     return JobFile(project="default", job="j-1", spec=spec, learner_public_key="ab" * 32)
@@ -46,11 +47,13 @@ def test_a_job_has_one_learner_generator_and_verifier_and_its_actors() -> None:
 def test_each_process_is_told_what_the_architecture_says() -> None:
     plan = by_name(plan_job(job(), ENDPOINTS, PATHS))
     told = {name: {key.removeprefix("LONGSHORE_") for key in spec.env} for name, spec in plan.items()}
-    common = {"NAME", "LISTEN", "METRICS_LISTEN", "JOB_FILE"}
-    assert told["learner"] >= common | {"BROKER_URL", "WEIGHTS", "RUN_DIR", "SIGNING_KEY_FILE"}
+    common = {"NAME", "LISTEN", "METRICS_LISTEN", "JOB_FILE", "SITE"}
+    assert told["learner"] >= common | {"BROKER_URL", "WEIGHTS", "RUN_DIR", "SIGNING_KEY_FILE", "BLOBS_URL"}
     assert told["generator-0"] >= common | {"WEIGHTS"}
     assert told["verifier-0"] >= common
-    assert told["actor-0"] >= common | {"BROKER_URL", "GENERATOR", "VERIFIER", "WEIGHTS"}
+    assert told["actor-0"] >= common | {
+        *("BROKER_URL", "GENERATOR", "VERIFIER", "WEIGHTS", "SPOOL_DIR", "BLOBS_URL"),
+    }
     # The signing key is the learner's alone.
     assert not any("SIGNING_KEY_FILE" in told[name] for name in told if name != "learner")
 
@@ -72,6 +75,57 @@ def test_threads_are_for_learner_and_generator() -> None:
 
 def test_the_plan_is_the_same_every_time() -> None:
     assert plan_job(job(), ENDPOINTS, PATHS) == plan_job(job(), ENDPOINTS, PATHS)
+
+
+WEST = BrokerCommand(("valkey-server", "--dir", "/w"), "unix:///s/west.sock")
+EAST = BrokerCommand(("valkey-server", "--dir", "/e"), "unix:///s/east.sock")
+
+
+def test_a_rollout_site_has_everything_of_its_own_and_only_its_relay_knows_home() -> None:
+    sites: list[dict[str, object]] = [{"name": "west", "actors": 2, "rollouts_per_actor": 8}, {"name": "east"}]
+    plan = by_name(plan_job(job(sites, actors=1), ENDPOINTS, PATHS, {"west": WEST, "east": EAST}))
+    assert list(plan) == [
+        *("learner", "generator-0", "verifier-0", "actor-0"),
+        *("west-broker", "west-relay", "west-generator-0", "west-verifier-0", "west-actor-0", "west-actor-1"),
+        *("east-broker", "east-relay", "east-generator-0", "east-verifier-0", "east-actor-0"),
+    ]
+    assert plan["west-broker"].argv == WEST.argv
+    assert plan["west-broker"].ready == Ready(ReadyKind.REDIS, WEST.url)
+    for name, spec in plan.items():
+        if not name.startswith("west-") or name == "west-broker":
+            continue
+        assert spec.env["LONGSHORE_SITE"] == "west"
+        assert spec.argv[-1] == spec.service
+        knows_home = ENDPOINTS.broker_url in spec.env.values()
+        assert knows_home == (name == "west-relay")
+    actor = plan["west-actor-1"].env
+    assert actor["LONGSHORE_BROKER_URL"] == WEST.url
+    assert actor["LONGSHORE_GENERATOR"] == plan["west-generator-0"].env["LONGSHORE_LISTEN"]
+    assert actor["LONGSHORE_VERIFIER"] == plan["west-verifier-0"].env["LONGSHORE_LISTEN"]
+    relay = plan["west-relay"].env
+    assert relay["LONGSHORE_BROKER_URL"] == WEST.url
+    assert relay["LONGSHORE_HOME_BROKER_URL"] == ENDPOINTS.broker_url
+    # Twice what it works on; what is said is taken.
+    assert relay["LONGSHORE_ALLOWANCE"] == "32"
+    assert plan["east-relay"].env["LONGSHORE_ALLOWANCE"] == "128"
+    said = plan_job(job([{"name": "west", "allowance": 7}]), ENDPOINTS, PATHS, {"west": WEST})
+    assert by_name(said)["west-relay"].env["LONGSHORE_ALLOWANCE"] == "7"
+
+
+def test_no_two_processes_share_a_spool_and_large_rollouts_go_to_their_site() -> None:
+    plan = by_name(plan_job(job([{"name": "west", "actors": 2}]), ENDPOINTS, PATHS, {"west": WEST}))
+    spools = [spec.env["LONGSHORE_SPOOL_DIR"] for spec in plan.values() if "LONGSHORE_SPOOL_DIR" in spec.env]
+    assert len(spools) == len(set(spools)) == 5
+    assert all(path.startswith("/runs/j-1/") for path in spools)
+    home, west = "file:///runs/j-1/blobs", "file:///runs/j-1/sites/west/blobs"
+    blobs = {name: spec.env.get("LONGSHORE_BLOBS_URL") for name, spec in plan.items()}
+    assert blobs["learner"] == blobs["actor-0"] == plan["west-relay"].env["LONGSHORE_HOME_BLOBS_URL"] == home
+    assert blobs["west-actor-0"] == blobs["west-relay"] == west
+
+
+def test_without_home_actors_the_home_site_makes_no_rollouts() -> None:
+    plan = by_name(plan_job(job([{"name": "west"}], actors=0), ENDPOINTS, PATHS, {"west": WEST}))
+    assert [name for name in plan if not name.startswith("west-")] == ["learner"]
 
 
 def test_the_stack_starts_a_broker_of_its_own_first() -> None:

@@ -36,7 +36,7 @@ def lines(path: Path, *records: dict[str, object]) -> dict[str, object]:
     return {"source": "jsonl", "path": str(path)}
 
 
-@pytest.mark.parametrize("example", ["first-light.yaml", "jsonl-math.yaml"])
+@pytest.mark.parametrize("example", ["first-light.yaml", "jsonl-math.yaml", "two-sites.yaml"])
 def test_the_examples_are_fine(example: str) -> None:
     assert check_job(parse_job(load_job(ROOT / "examples" / example))) == []
 
@@ -119,6 +119,9 @@ class Careless:
     @classmethod
     def check_options(cls, options):
         raise KeyError("colour")
+class Half:
+    def snapshot(self):
+        return b""
 NotAClass = 3
 """
 
@@ -126,7 +129,11 @@ NotAClass = 3
 def test_plugins_that_raise_become_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = {
         registry.SOURCES: {"bad-source": "ls_bad_plugins:Source"},
-        registry.ENVIRONMENTS: {"careless": "ls_bad_plugins:Careless", "no-class": "ls_bad_plugins:NotAClass"},
+        registry.ENVIRONMENTS: {
+            "careless": "ls_bad_plugins:Careless",
+            "half": "ls_bad_plugins:Half",
+            "no-class": "ls_bad_plugins:NotAClass",
+        },
         registry.VERIFIERS: {"exact-match": "ls_bad_plugins:Careless", "gone": "ls_no_such_module:Verifier"},
     }
     folder = write_package(tmp_path / "site", "ls_bad_plugins", {"ls_bad_plugins.py": BAD_PLUGINS}, groups)
@@ -137,6 +144,9 @@ def test_plugins_that_raise_become_faults(tmp_path: Path, monkeypatch: pytest.Mo
         assert found[0] == "environment.options: the plug-in failed: 'colour'"
         assert "failed to load: ModuleNotFoundError" in found[1]
         assert found[2:] == ["tasks: the plug-in failed: boom in the source"]
+        assert faults(environment={"name": "half"}) == [
+            "environment.name: the environment has snapshot without restore"
+        ]
         with pytest.raises(PluginError, match="must be a class"):
             registry.load(registry.ENVIRONMENTS, "no-class")
         # A package cannot take the place of a built-in verifier.

@@ -30,33 +30,35 @@ from longshore.proto.v1 import ticket_pb2 as longshore_dot_proto_dot_v1_dot_tick
 from longshore.proto.v1 import verdict_pb2 as longshore_dot_proto_dot_v1_dot_verdict__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n longshore/proto/v1/rollout.proto\x12\x12longshore.proto.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a#longshore/proto/v1/attachment.proto\x1a!longshore/proto/v1/sampling.proto\x1a\x1dlongshore/proto/v1/site.proto\x1a\x1flongshore/proto/v1/ticket.proto\x1a longshore/proto/v1/verdict.proto\"\xf2\x01\n\x04Span\x12*\n\x04kind\x18\x01 \x01(\x0e\x32\x1c.longshore.proto.v1.SpanKind\x12\x0e\n\x06length\x18\x02 \x01(\r\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12\x16\n\x0esampling_index\x18\x05 \x01(\r\x12\x14\n\x0c\x65ngine_index\x18\x06 \x01(\r\x12&\n\x02kv\x18\x07 \x01(\x0e\x32\x1a.longshore.proto.v1.KvMark\x12\x1b\n\x0ekv_min_version\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\x11\n\x0f_kv_min_version\"\x88\x01\n\x07Segment\x12\x12\n\nsegment_id\x18\x01 \x01(\t\x12\x19\n\x11parent_segment_id\x18\x02 \x01(\t\x12\x12\n\nprefix_len\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\'\n\x05spans\x18\x05 \x03(\x0b\x32\x18.longshore.proto.v1.Span\"~\n\x04Turn\x12\x12\n\nsegment_id\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x30\n\x06\x66inish\x18\x04 \x01(\x0e\x32 .longshore.proto.v1.FinishReason\x12\x11\n\tinfo_json\x18\x05 \x01(\t\"a\n\x11\x45ngineFingerprint\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x15\n\rconfig_digest\x18\x04 \x01(\t\";\n\tAuditMark\x12\r\n\x05guard\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07\x65xclude\x18\x03 \x01(\x08\"\x81\x06\n\x07Rollout\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12*\n\x03ref\x18\x02 \x01(\x0b\x32\x1d.longshore.proto.v1.TicketRef\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12*\n\x06origin\x18\x04 \x01(\x0e\x32\x1a.longshore.proto.v1.Origin\x12\x0f\n\x07task_id\x18\x05 \x01(\t\x12\x32\n\x07purpose\x18\x06 \x01(\x0e\x32!.longshore.proto.v1.TicketPurpose\x12-\n\x08segments\x18\x07 \x03(\x0b\x32\x1b.longshore.proto.v1.Segment\x12\'\n\x05turns\x18\x08 \x03(\x0b\x32\x18.longshore.proto.v1.Turn\x12\x34\n\x08sampling\x18\t \x03(\x0b\x32\".longshore.proto.v1.SamplingParams\x12\x36\n\x07\x65ngines\x18\n \x03(\x0b\x32%.longshore.proto.v1.EngineFingerprint\x12\x13\n\x0bmin_version\x18\x0b \x01(\x04\x12\x13\n\x0bmax_version\x18\x0c \x01(\x04\x12-\n\x08verdicts\x18\r \x03(\x0b\x32\x1b.longshore.proto.v1.Verdict\x12\x30\n\x06\x66inish\x18\x0e \x01(\x0e\x32 .longshore.proto.v1.FinishReason\x12.\n\nstarted_at\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04site\x18\x11 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x12 \x01(\t\x12\x33\n\x0b\x61ttachments\x18\x13 \x03(\x0b\x32\x1e.longshore.proto.v1.Attachment\x12,\n\x05\x61udit\x18\x14 \x03(\x0b\x32\x1d.longshore.proto.v1.AuditMark\"V\n\rSignedRollout\x12\x0f\n\x07rollout\x18\x01 \x01(\x0c\x12\x34\n\tsignature\x18\x02 \x01(\x0b\x32!.longshore.proto.v1.SiteSignature*Q\n\x08SpanKind\x12\x19\n\x15SPAN_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fSPAN_KIND_GIVEN\x10\x01\x12\x15\n\x11SPAN_KIND_SAMPLED\x10\x02*N\n\x06KvMark\x12\x17\n\x13KV_MARK_UNSPECIFIED\x10\x00\x12\x16\n\x12KV_MARK_RECOMPUTED\x10\x01\x12\x13\n\x0fKV_MARK_CARRIED\x10\x02*\xb2\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1d\n\x19\x46INISH_REASON_ENVIRONMENT\x10\x03\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x04\x12\x17\n\x13\x46INISH_REASON_TURNS\x10\x05*D\n\x06Origin\x12\x16\n\x12ORIGIN_UNSPECIFIED\x10\x00\x12\x11\n\rORIGIN_TICKET\x10\x01\x12\x0f\n\x0bORIGIN_LIVE\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n longshore/proto/v1/rollout.proto\x12\x12longshore.proto.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a#longshore/proto/v1/attachment.proto\x1a!longshore/proto/v1/sampling.proto\x1a\x1dlongshore/proto/v1/site.proto\x1a\x1flongshore/proto/v1/ticket.proto\x1a longshore/proto/v1/verdict.proto\"\xf2\x01\n\x04Span\x12*\n\x04kind\x18\x01 \x01(\x0e\x32\x1c.longshore.proto.v1.SpanKind\x12\x0e\n\x06length\x18\x02 \x01(\r\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12\x16\n\x0esampling_index\x18\x05 \x01(\r\x12\x14\n\x0c\x65ngine_index\x18\x06 \x01(\r\x12&\n\x02kv\x18\x07 \x01(\x0e\x32\x1a.longshore.proto.v1.KvMark\x12\x1b\n\x0ekv_min_version\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\x11\n\x0f_kv_min_version\"\xbb\x01\n\x07Segment\x12\x12\n\nsegment_id\x18\x01 \x01(\t\x12\x19\n\x11parent_segment_id\x18\x02 \x01(\t\x12\x12\n\nprefix_len\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\'\n\x05spans\x18\x05 \x03(\x0b\x32\x18.longshore.proto.v1.Span\x12\x18\n\x10packed_token_ids\x18\x06 \x01(\x0c\x12\x17\n\x0fpacked_logprobs\x18\x07 \x01(\x0c\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"~\n\x04Turn\x12\x12\n\nsegment_id\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x30\n\x06\x66inish\x18\x04 \x01(\x0e\x32 .longshore.proto.v1.FinishReason\x12\x11\n\tinfo_json\x18\x05 \x01(\t\"a\n\x11\x45ngineFingerprint\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x15\n\rconfig_digest\x18\x04 \x01(\t\";\n\tAuditMark\x12\r\n\x05guard\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07\x65xclude\x18\x03 \x01(\x08\"\x98\x06\n\x07Rollout\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12*\n\x03ref\x18\x02 \x01(\x0b\x32\x1d.longshore.proto.v1.TicketRef\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12*\n\x06origin\x18\x04 \x01(\x0e\x32\x1a.longshore.proto.v1.Origin\x12\x0f\n\x07task_id\x18\x05 \x01(\t\x12\x32\n\x07purpose\x18\x06 \x01(\x0e\x32!.longshore.proto.v1.TicketPurpose\x12-\n\x08segments\x18\x07 \x03(\x0b\x32\x1b.longshore.proto.v1.Segment\x12\'\n\x05turns\x18\x08 \x03(\x0b\x32\x18.longshore.proto.v1.Turn\x12\x34\n\x08sampling\x18\t \x03(\x0b\x32\".longshore.proto.v1.SamplingParams\x12\x36\n\x07\x65ngines\x18\n \x03(\x0b\x32%.longshore.proto.v1.EngineFingerprint\x12\x13\n\x0bmin_version\x18\x0b \x01(\x04\x12\x13\n\x0bmax_version\x18\x0c \x01(\x04\x12-\n\x08verdicts\x18\r \x03(\x0b\x32\x1b.longshore.proto.v1.Verdict\x12\x30\n\x06\x66inish\x18\x0e \x01(\x0e\x32 .longshore.proto.v1.FinishReason\x12.\n\nstarted_at\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04site\x18\x11 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x12 \x01(\t\x12\x33\n\x0b\x61ttachments\x18\x13 \x03(\x0b\x32\x1e.longshore.proto.v1.Attachment\x12,\n\x05\x61udit\x18\x14 \x03(\x0b\x32\x1d.longshore.proto.v1.AuditMark\x12\x15\n\rprompt_digest\x18\x15 \x01(\x0c\"V\n\rSignedRollout\x12\x0f\n\x07rollout\x18\x01 \x01(\x0c\x12\x34\n\tsignature\x18\x02 \x01(\x0b\x32!.longshore.proto.v1.SiteSignature*Q\n\x08SpanKind\x12\x19\n\x15SPAN_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fSPAN_KIND_GIVEN\x10\x01\x12\x15\n\x11SPAN_KIND_SAMPLED\x10\x02*N\n\x06KvMark\x12\x17\n\x13KV_MARK_UNSPECIFIED\x10\x00\x12\x16\n\x12KV_MARK_RECOMPUTED\x10\x01\x12\x13\n\x0fKV_MARK_CARRIED\x10\x02*\xb2\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1d\n\x19\x46INISH_REASON_ENVIRONMENT\x10\x03\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x04\x12\x17\n\x13\x46INISH_REASON_TURNS\x10\x05*D\n\x06Origin\x12\x16\n\x12ORIGIN_UNSPECIFIED\x10\x00\x12\x11\n\rORIGIN_TICKET\x10\x01\x12\x0f\n\x0bORIGIN_LIVE\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'longshore.proto.v1.rollout_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SPANKIND']._serialized_start=1791
-  _globals['_SPANKIND']._serialized_end=1872
-  _globals['_KVMARK']._serialized_start=1874
-  _globals['_KVMARK']._serialized_end=1952
-  _globals['_FINISHREASON']._serialized_start=1955
-  _globals['_FINISHREASON']._serialized_end=2133
-  _globals['_ORIGIN']._serialized_start=2135
-  _globals['_ORIGIN']._serialized_end=2203
+  _globals['_SPANKIND']._serialized_start=1890
+  _globals['_SPANKIND']._serialized_end=1971
+  _globals['_KVMARK']._serialized_start=1973
+  _globals['_KVMARK']._serialized_end=2051
+  _globals['_FINISHREASON']._serialized_start=2054
+  _globals['_FINISHREASON']._serialized_end=2232
+  _globals['_ORIGIN']._serialized_start=2234
+  _globals['_ORIGIN']._serialized_end=2302
   _globals['_SPAN']._serialized_start=260
   _globals['_SPAN']._serialized_end=502
   _globals['_SEGMENT']._serialized_start=505
-  _globals['_SEGMENT']._serialized_end=641
-  _globals['_TURN']._serialized_start=643
-  _globals['_TURN']._serialized_end=769
-  _globals['_ENGINEFINGERPRINT']._serialized_start=771
-  _globals['_ENGINEFINGERPRINT']._serialized_end=868
-  _globals['_AUDITMARK']._serialized_start=870
-  _globals['_AUDITMARK']._serialized_end=929
-  _globals['_ROLLOUT']._serialized_start=932
-  _globals['_ROLLOUT']._serialized_end=1701
-  _globals['_SIGNEDROLLOUT']._serialized_start=1703
-  _globals['_SIGNEDROLLOUT']._serialized_end=1789
+  _globals['_SEGMENT']._serialized_end=692
+  _globals['_TOKENIDS']._serialized_start=694
+  _globals['_TOKENIDS']._serialized_end=717
+  _globals['_TURN']._serialized_start=719
+  _globals['_TURN']._serialized_end=845
+  _globals['_ENGINEFINGERPRINT']._serialized_start=847
+  _globals['_ENGINEFINGERPRINT']._serialized_end=944
+  _globals['_AUDITMARK']._serialized_start=946
+  _globals['_AUDITMARK']._serialized_end=1005
+  _globals['_ROLLOUT']._serialized_start=1008
+  _globals['_ROLLOUT']._serialized_end=1800
+  _globals['_SIGNEDROLLOUT']._serialized_start=1802
+  _globals['_SIGNEDROLLOUT']._serialized_end=1888
 # @@protoc_insertion_point(module_scope)

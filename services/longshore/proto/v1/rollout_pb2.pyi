@@ -155,7 +155,7 @@ class Span(_message.Message):
     """Oldest version in the cache; set when kv is carried."""
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Natural-log behaviour probabilities, one a token, each <= 0 and finite."""
+        """Natural-log behaviour probabilities, one a token, each <= 0 and finite. Empty where Segment.packed_logprobs is set."""
 
     def __init__(
         self,
@@ -195,14 +195,24 @@ class Segment(_message.Message):
     PREFIX_LEN_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SPANS_FIELD_NUMBER: _builtins.int
+    PACKED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PACKED_LOGPROBS_FIELD_NUMBER: _builtins.int
     segment_id: _builtins.str
     """Unique in the rollout."""
     parent_segment_id: _builtins.str
     """The segment that this one continues; empty: none. Its first `prefix_len` tokens stand before `token_ids`."""
     prefix_len: _builtins.int
+    packed_token_ids: _builtins.bytes
+    """In place of token_ids: a zstd frame, with its content size, of a serialised TokenIds."""
+    packed_logprobs: _builtins.bytes
+    """In place of the sampled spans' logprobs: those of all of them, in order, n in number. Each is the negative of a
+    float32 that is rounded to 16 bits of mantissa (relative error at most 2^-17): first n bytes with the upper half of
+    each mantissa, then n with the lower, then a zstd frame, with its content size, of n biased exponents.
+    An exponent of 255 stands for what is no log-prob, and is refused.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The tokens of this segment alone. sum(spans.length) == len(token_ids)."""
+        """The tokens of this segment alone. sum(spans.length) == len(token_ids). Empty where packed_token_ids is set."""
 
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]: ...
@@ -214,14 +224,38 @@ class Segment(_message.Message):
         prefix_len: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         spans: _abc.Iterable[Global___Span] | None = ...,
+        packed_token_ids: _builtins.bytes = ...,
+        packed_logprobs: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent_segment_id", b"parent_segment_id", "prefix_len", b"prefix_len", "segment_id", b"segment_id", "spans", b"spans", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["packed_logprobs", b"packed_logprobs", "packed_token_ids", b"packed_token_ids", "parent_segment_id", b"parent_segment_id", "prefix_len", b"prefix_len", "segment_id", b"segment_id", "spans", b"spans", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Segment: _TypeAlias = Segment  # noqa: Y015
+
+@_typing.final
+class TokenIds(_message.Message):
+    """Content of Segment.packed_token_ids."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class Turn(_message.Message):
@@ -346,6 +380,7 @@ class Rollout(_message.Message):
     ACTOR_FIELD_NUMBER: _builtins.int
     ATTACHMENTS_FIELD_NUMBER: _builtins.int
     AUDIT_FIELD_NUMBER: _builtins.int
+    PROMPT_DIGEST_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     """1."""
     attempt: _builtins.int
@@ -359,6 +394,10 @@ class Rollout(_message.Message):
     site: _builtins.str
     """Which actor of which site made it."""
     actor: _builtins.str
+    prompt_digest: _builtins.bytes
+    """Set: the first segment leaves out the ids of its first span, which is given. They are the prompt that the ticket's
+    issuer makes of its task, and this is their digest: see Ticket.prompt_digest.
+    """
     @_builtins.property
     def ref(self) -> _ticket_pb2.TicketRef: ...
     @_builtins.property
@@ -406,10 +445,11 @@ class Rollout(_message.Message):
         actor: _builtins.str = ...,
         attachments: _abc.Iterable[_attachment_pb2.Attachment] | None = ...,
         audit: _abc.Iterable[Global___AuditMark] | None = ...,
+        prompt_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finished_at", b"finished_at", "ref", b"ref", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "attachments", b"attachments", "attempt", b"attempt", "audit", b"audit", "engines", b"engines", "finish", b"finish", "finished_at", b"finished_at", "max_version", b"max_version", "min_version", b"min_version", "origin", b"origin", "purpose", b"purpose", "ref", b"ref", "sampling", b"sampling", "schema_version", b"schema_version", "segments", b"segments", "site", b"site", "started_at", b"started_at", "task_id", b"task_id", "turns", b"turns", "verdicts", b"verdicts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "attachments", b"attachments", "attempt", b"attempt", "audit", b"audit", "engines", b"engines", "finish", b"finish", "finished_at", b"finished_at", "max_version", b"max_version", "min_version", b"min_version", "origin", b"origin", "prompt_digest", b"prompt_digest", "purpose", b"purpose", "ref", b"ref", "sampling", b"sampling", "schema_version", b"schema_version", "segments", b"segments", "site", b"site", "started_at", b"started_at", "task_id", b"task_id", "turns", b"turns", "verdicts", b"verdicts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,21 +28,21 @@ from longshore.proto.v1 import sampling_pb2 as longshore_dot_proto_dot_v1_dot_sa
 from longshore.proto.v1 import task_pb2 as longshore_dot_proto_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1flongshore/proto/v1/ticket.proto\x12\x12longshore.proto.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1clongshore/proto/v1/job.proto\x1a!longshore/proto/v1/sampling.proto\x1a\x1dlongshore/proto/v1/task.proto\"U\n\tTicketRef\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x10\n\x08group_id\x18\x02 \x01(\x04\x12\r\n\x05index\x18\x03 \x01(\r\"\xe9\x02\n\x06Ticket\x12*\n\x03ref\x18\x01 \x01(\x0b\x32\x1d.longshore.proto.v1.TicketRef\x12\x12\n\ngroup_size\x18\x02 \x01(\r\x12\x32\n\x07purpose\x18\x03 \x01(\x0e\x32!.longshore.proto.v1.TicketPurpose\x12&\n\x04task\x18\x04 \x01(\x0b\x32\x18.longshore.proto.v1.Task\x12\x34\n\x08sampling\x18\x05 \x01(\x0b\x32\".longshore.proto.v1.SamplingParams\x12\x15\n\rlearner_epoch\x18\x06 \x01(\x04\x12;\n\x07version\x18\x07 \x01(\x0b\x32%.longshore.proto.v1.VersionConstraintH\x00\x88\x01\x01\x12-\n\tissued_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\n\n\x08_version\"g\n\x11VersionConstraint\x12\x18\n\x0bmin_version\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x18\n\x0bmax_version\x18\x02 \x01(\x04H\x01\x88\x01\x01\x42\x0e\n\x0c_min_versionB\x0e\n\x0c_max_version\"\x87\x01\n\x05Lease\x12-\n\x06ticket\x18\x01 \x01(\x0b\x32\x1d.longshore.proto.v1.TicketRef\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*h\n\rTicketPurpose\x12\x1e\n\x1aTICKET_PURPOSE_UNSPECIFIED\x10\x00\x12\x18\n\x14TICKET_PURPOSE_TRAIN\x10\x01\x12\x1d\n\x19TICKET_PURPOSE_EVALUATION\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1flongshore/proto/v1/ticket.proto\x12\x12longshore.proto.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1clongshore/proto/v1/job.proto\x1a!longshore/proto/v1/sampling.proto\x1a\x1dlongshore/proto/v1/task.proto\"U\n\tTicketRef\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x10\n\x08group_id\x18\x02 \x01(\x04\x12\r\n\x05index\x18\x03 \x01(\r\"\x80\x03\n\x06Ticket\x12*\n\x03ref\x18\x01 \x01(\x0b\x32\x1d.longshore.proto.v1.TicketRef\x12\x12\n\ngroup_size\x18\x02 \x01(\r\x12\x32\n\x07purpose\x18\x03 \x01(\x0e\x32!.longshore.proto.v1.TicketPurpose\x12&\n\x04task\x18\x04 \x01(\x0b\x32\x18.longshore.proto.v1.Task\x12\x34\n\x08sampling\x18\x05 \x01(\x0b\x32\".longshore.proto.v1.SamplingParams\x12\x15\n\rlearner_epoch\x18\x06 \x01(\x04\x12;\n\x07version\x18\x07 \x01(\x0b\x32%.longshore.proto.v1.VersionConstraintH\x00\x88\x01\x01\x12-\n\tissued_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rprompt_digest\x18\t \x01(\x0c\x42\n\n\x08_version\"g\n\x11VersionConstraint\x12\x18\n\x0bmin_version\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x18\n\x0bmax_version\x18\x02 \x01(\x04H\x01\x88\x01\x01\x42\x0e\n\x0c_min_versionB\x0e\n\x0c_max_version\"\x87\x01\n\x05Lease\x12-\n\x06ticket\x18\x01 \x01(\x0b\x32\x1d.longshore.proto.v1.TicketRef\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*h\n\rTicketPurpose\x12\x1e\n\x1aTICKET_PURPOSE_UNSPECIFIED\x10\x00\x12\x18\n\x14TICKET_PURPOSE_TRAIN\x10\x01\x12\x1d\n\x19TICKET_PURPOSE_EVALUATION\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'longshore.proto.v1.ticket_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TICKETPURPOSE']._serialized_start=878
-  _globals['_TICKETPURPOSE']._serialized_end=982
+  _globals['_TICKETPURPOSE']._serialized_start=901
+  _globals['_TICKETPURPOSE']._serialized_end=1005
   _globals['_TICKETREF']._serialized_start=184
   _globals['_TICKETREF']._serialized_end=269
   _globals['_TICKET']._serialized_start=272
-  _globals['_TICKET']._serialized_end=633
-  _globals['_VERSIONCONSTRAINT']._serialized_start=635
-  _globals['_VERSIONCONSTRAINT']._serialized_end=738
-  _globals['_LEASE']._serialized_start=741
-  _globals['_LEASE']._serialized_end=876
+  _globals['_TICKET']._serialized_end=656
+  _globals['_VERSIONCONSTRAINT']._serialized_start=658
+  _globals['_VERSIONCONSTRAINT']._serialized_end=761
+  _globals['_LEASE']._serialized_start=764
+  _globals['_LEASE']._serialized_end=899
 # @@protoc_insertion_point(module_scope)

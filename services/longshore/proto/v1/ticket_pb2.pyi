@@ -89,11 +89,16 @@ class Ticket(_message.Message):
     LEARNER_EPOCH_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     ISSUED_AT_FIELD_NUMBER: _builtins.int
+    PROMPT_DIGEST_FIELD_NUMBER: _builtins.int
     group_size: _builtins.int
     """How many tickets the group has (the G of group advantages)."""
     purpose: Global___TicketPurpose.ValueType
     learner_epoch: _builtins.int
     """Learner epoch that issued the ticket. An older epoch's ticket stays valid: epochs fence writers, not work."""
+    prompt_digest: _builtins.bytes
+    """The first 16 bytes of the SHA-256 of the prompt's token ids, each as 4 bytes, big-endian. A rollout whose prompt
+    has the same digest leaves it out: a group's prompt is not sent home once for each of its rollouts.
+    """
     @_builtins.property
     def ref(self) -> Global___TicketRef: ...
     @_builtins.property
@@ -117,10 +122,11 @@ class Ticket(_message.Message):
         learner_epoch: _builtins.int = ...,
         version: Global___VersionConstraint | None = ...,
         issued_at: _timestamp_pb2.Timestamp | None = ...,
+        prompt_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "issued_at", b"issued_at", "ref", b"ref", "sampling", b"sampling", "task", b"task", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "group_size", b"group_size", "issued_at", b"issued_at", "learner_epoch", b"learner_epoch", "purpose", b"purpose", "ref", b"ref", "sampling", b"sampling", "task", b"task", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "group_size", b"group_size", "issued_at", b"issued_at", "learner_epoch", b"learner_epoch", "prompt_digest", b"prompt_digest", "purpose", b"purpose", "ref", b"ref", "sampling", b"sampling", "task", b"task", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015

@@ -1,0 +1,22 @@
+"""What a relay is told at its start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from longshore.settings import BrokerSettings, JobProcessSettings
+
+
+class RelaySettings(JobProcessSettings, BrokerSettings):
+    """Settings of one relay process; `broker_url` is the broker of its own site."""
+
+    home_broker_url: str = Field(description="redis://, rediss:// or unix:// URL of the home site's broker")
+    blobs_url: str = Field("", description="file:// or s3:// URL of the site's large rollouts; empty: none")
+    home_blobs_url: str = Field("", description="the same at the home site")
+    spool_dir: Path = Field(description="folder of the spool; it must outlive the process")
+    # A rollout has at most 64 MiB, so it always fits into an empty spool.
+    spool_mb: int = Field(1024, ge=128, description="bound of the spool on the disk, in MiB")
+    allowance: int = Field(128, ge=1, description="tickets that the site may hold at a time")
+    site_lease_s: float = Field(4 * 3600.0, ge=1, description="seconds after which the home site gives tickets away")

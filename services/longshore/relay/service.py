@@ -1,0 +1,119 @@
+"""The relay process: one for each rollout site and job, and the site's only way to the home broker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import structlog
+
+from longshore.config import HOME_SITE
+from longshore.errors import ConfigError
+from longshore.relay import metrics
+from longshore.relay.book import Book
+from longshore.relay.brokers import HomeQueues, SiteQueues
+from longshore.relay.config import RelaySettings
+from longshore.relay.home_side import RENEW_S, HomeSide
+from longshore.relay.site_side import SiteSide
+from longshore.rollout_queue import broker
+from longshore.rollout_queue.blobs import Blobs
+from longshore.rollout_queue.spool import Spool
+from longshore.rpc.process import run_process, wait_or_stop
+from longshore.rpc.server import RpcServer
+from longshore.settings import JobFile
+
+# One call's own patience with a broker; the two sides' is endless.
+_CALL_S = 5.0
+_REPORT_S = 1.0
+
+log = structlog.get_logger()
+
+
+async def serve(settings: RelaySettings, stop: asyncio.Event) -> None:
+    """Runs until `stop`. Becomes healthy once the site's broker is set up, even while home is away."""
+    if settings.site == HOME_SITE:
+        raise ConfigError("LONGSHORE_SITE: the home site needs no relay")
+    job = settings.load_job()
+    async with contextlib.AsyncExitStack() as resources:
+        spool = await asyncio.to_thread(Spool.open, settings.spool_dir, settings.spool_mb * 1024 * 1024)
+        resources.callback(spool.close)
+        site_client = broker.connect(settings.broker_url, patience_s=_CALL_S)
+        resources.push_async_callback(site_client.aclose)
+        home_client = broker.connect(settings.home_broker_url, patience_s=_CALL_S)
+        resources.push_async_callback(home_client.aclose)
+        book = Book(spool)
+        labels = (job.project, job.job, settings.site)
+        site_side = SiteSide(
+            SiteQueues(site_client, job.ref, settings.site, _blobs(settings.blobs_url)),
+            book,
+            metrics.TAKEN_IN.labels(*labels).inc,
+            metrics.LOST.labels(*labels).inc,
+        )
+        home_side = HomeSide(
+            HomeQueues(
+                home_client,
+                job.ref,
+                settings.site,
+                max_attempts=job.spec.resources.max_attempts,
+                lease_ms=int(settings.site_lease_s * 1000),
+                blobs=_blobs(settings.home_blobs_url),
+            ),
+            book,
+            settings.allowance,
+            min(RENEW_S, settings.site_lease_s / 3),
+            lambda outcome: metrics.FORWARDED.labels(*labels, outcome).inc(),
+            metrics.LEASED.labels(*labels).inc,
+        )
+        await _run(settings, job, book, site_side, home_side, stop)
+
+
+async def _run(
+    settings: RelaySettings, job: JobFile, book: Book, site_side: SiteSide, home_side: HomeSide, stop: asyncio.Event
+) -> None:
+    server = RpcServer(settings.listen)
+    labels = (job.project, job.job, settings.site)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(site_side.run(stop), name="site")
+        group.create_task(home_side.run(stop), name="home")
+        group.create_task(_report(book, labels, stop), name="report")
+        group.create_task(_serve_when_prepared(server, site_side, stop), name="health")
+    await server.drain(settings.drain_s)
+    log.info("stopped", held=len(book.held), spooled=len(book.spool.keys()))
+
+
+async def _serve_when_prepared(server: RpcServer, site_side: SiteSide, stop: asyncio.Event) -> None:
+    waits = [asyncio.create_task(event.wait()) for event in (site_side.prepared, stop)]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+    if site_side.prepared.is_set():
+        await server.start()
+
+
+async def _report(book: Book, labels: tuple[str, str, str], stop: asyncio.Event) -> None:
+    """Keeps the gauges."""
+    while True:
+        for gauge, value in (
+            (metrics.HELD, len(book.held)),
+            (metrics.AT_SITE, len(book.at_site)),
+            (metrics.SPOOL_RECORDS, len(book.spool.keys())),
+            (metrics.SPOOL_BYTES, book.spool.used_bytes),
+            (metrics.SPOOL_FULL, book.spool_full),
+            (metrics.OLDEST, book.oldest_s),
+            (metrics.LINK_UP, book.home_known),
+            (metrics.SITE_UP, book.site_known),
+        ):
+            gauge.labels(*labels).set(value)
+        if await wait_or_stop(stop, _REPORT_S):
+            return
+
+
+def _blobs(url: str) -> Blobs | None:
+    return Blobs.open(url) if url else None
+
+
+def main() -> int:
+    """Entry of `longshore serve relay`."""
+    return run_process("relay", RelaySettings.from_environment(), serve)
