@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/longshore/proto/v1/*.proto)
 
-.PHONY: help demo test test-quick check proto proto-check lint types imports clean
+.PHONY: help demo test test-chaos test-quick check proto proto-check lint types imports clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,11 @@ demo: $(VENV)/.local ## install, then train a small model on this machine until 
 # Two workers, a file at a time: what a file's tests share (a stack, a learner's start) they share in one process.
 test: $(VENV)/.dev ## every test: unit, contract, integration, end to end
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+KILLS ?= 100
+SEED ?= 0
+test-chaos: $(VENV)/.dev ## kill, stop, cut off and fill up everything at random, then prove that nothing was lost
+	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(KILLS) --seed $(SEED) $(CHAOS)
 
 test-quick: $(VENV)/.dev ## unit and contract tests only
 	$(BIN)/python -m pytest tests/unit tests/contract

@@ -279,24 +279,25 @@ def judged_later(ref):
 
 
 async def test_late_verdicts_are_trained_on_and_survive_a_kill(make_bench):
+    steps = 22
     # No checkpoint is due by its number: all are made because of the bytes that wait for one.
-    bench = make_bench("late", {"unacknowledged_mb": 0.03}, checkpoint_every=10_000)
+    bench = make_bench("late", {"unacknowledged_mb": 0.02}, steps=steps, checkpoint_every=10_000)
     bench.site.judged_later = judged_later
     async with bench.running():
-        await bench.until_step(25)
+        await bench.until_step(13)
         bench.learner.kill()
         bench.learner.start()
         summary = await bench.finished()
         counts = await bench.broker_counts()
     # The replayed steps had the same late members, and came to the same bits: their versions were published already.
-    assert summary["steps"] == summary["policy_version"] == STEPS
-    assert bench.steps() == list(range(1, STEPS + 1))
+    assert summary["steps"] == summary["policy_version"] == steps
+    assert bench.steps() == list(range(1, steps + 1))
     records = [json.loads(line) for line in (bench.run_dir / "learner" / "batches.jsonl").read_text().splitlines()]
     last = {record["step"]: record for record in records}
     uses = [tuple(use) for step in sorted(last) for use in last[step]["uses"]]
     assert len(uses) == len(set(uses))
     late = {key for record in last.values() for key in record["late"]}
-    assert len(late) > STEPS
+    assert len(late) > steps
     accounted = summary["rollouts_accounted"]
     assert accounted["no_verdict"] > 0
     assert summary["rollouts_issued"] == summary["rollouts_trained"] + sum(accounted.values())
@@ -304,4 +305,4 @@ async def test_late_verdicts_are_trained_on_and_survive_a_kill(make_bench):
     assert counts.issued == summary["rollouts_issued"]
     assert counts.states["trained"] == summary["rollouts_trained"]
     newest = max((bench.run_dir / "learner" / "checkpoints").glob("checkpoint_*"))
-    assert int(newest.name.rpartition("_")[2]) > 5
+    assert int(newest.name.rpartition("_")[2]) > 3

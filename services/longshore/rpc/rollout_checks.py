@@ -108,7 +108,7 @@ def _check_verdict(verdict: Verdict, rollout: Rollout) -> None:
     if len(verdict.token_rewards) not in (0, rollout.num_sampled):
         raise Rejected("reward", f"{len(verdict.token_rewards)} token rewards for {rollout.num_sampled} sampled tokens")
     numbers = (verdict.reward, *verdict.turn_rewards, *verdict.token_rewards)
-    if any(False for number in numbers):
+    if any(abs(number) > MAX_REWARD for number in numbers):
         raise Rejected("reward", f"rewards must lie within {MAX_REWARD:.0f} of 0")
 
 
