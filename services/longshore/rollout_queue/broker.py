@@ -197,12 +197,14 @@ async def call_many(
         return replies
 
     replies = await healed(client, keys, run)
-    return [BrokerFull(str(reply)) if isinstance(reply, Exception) else reply for reply in replies]
+    return [
+        BrokerFull(f"the broker's memory is full: {reply}") if isinstance(reply, Exception) else reply
+        for reply in replies
+    ]
 
 
 def _call_args(keys: JobKeys, function: str, args: Sequence[str | bytes | int]) -> tuple[Any, ...]:
-    names = keys.for_functions
-    return (f"longshore_{VERSION}_{function}", len(names), *names, keys.ticket_prefix, keys.site, *args)
+    return (f"longshore_{VERSION}_{function}", 1, keys.tickets, keys.site, *args)
 
 
 def _is_unprepared(error: redis.exceptions.ResponseError) -> bool:

@@ -1,11 +1,10 @@
 #!lua name=longshore_@VERSION@
 
 -- Every move of a ticket: its hash, its stream entries and the counters change in one atomic act, so that
--- issued = sum of the states holds at any moment. Owns no key names and no policy: Python passes both.
+-- issued = sum of the states holds at any moment. Owns no policy: Python passes it.
 --
--- KEYS of every function: tickets stream, leased stream, rollouts stream, active set, counts, epoch, dead letters,
--- reconciled. ARGV[1]: the prefix of the tickets' hashes; ARGV[2]: the site whose queue this is. The prefix carries the
--- hash tag of the keys, so all of them live in the same slot.
+-- KEYS of every function: the tickets stream; the other names differ from it in their last word, so that all of them
+-- live in the same slot, and are not sent with each call. ARGV[1]: the site whose queue this is.
 --
 -- A ticket's hash exists exactly while the ticket is not final:
 --   state     queued | running | spooled | awaiting_verdict | delivered
@@ -26,11 +25,37 @@ local MAX_DEAD_LETTERS = '1000'
 -- A larger payload is left out of its dead letter; 1000 of them must not fill the broker.
 local MAX_DEAD_PAYLOAD = 256 * 1024
 
+-- Commands that can take many arguments at once; Lua's unpack takes no more than some thousand.
+local MOST_ARGUMENTS = 1000
+
+-- What a function changes in the counts, and what it takes out of streams and of the active set, is put down here and
+-- done at its end: once a call, not once a ticket.
 local function open_job(keys, args)
+  local base = string.match(keys[1], '^(.*)tickets$')
   return {
-    tickets = keys[1], leased = keys[2], rollouts = keys[3], active = keys[4], counts = keys[5], epoch = keys[6],
-    dead = keys[7], reconciled = keys[8], prefix = args[1], site = args[2],
+    tickets = keys[1], leased = base .. 'leased', rollouts = base .. 'rollouts', active = base .. 'active',
+    counts = base .. 'counts', epoch = base .. 'epoch', dead = base .. 'dead', reconciled = base .. 'reconciled',
+    prefix = base .. 't:', site = args[1], changes = {}, dropped = {}, ended = {}, has_ended = {},
   }
+end
+
+local function in_slices(items, act)
+  for first = 1, #items, MOST_ARGUMENTS do
+    act(unpack(items, first, math.min(#items, first + MOST_ARGUMENTS - 1)))
+  end
+end
+
+local function settle(job)
+  for _, drops in pairs(job.dropped) do
+    in_slices(drops.entries, function(...) redis.call('XACK', drops.stream, drops.group, ...) end)
+    in_slices(drops.entries, function(...) redis.call('XDEL', drops.stream, ...) end)
+  end
+  in_slices(job.ended, function(...) redis.call('SREM', job.active, ...) end)
+  for name, change in pairs(job.changes) do
+    if change ~= 0 then
+      redis.call('HINCRBY', job.counts, name, change)
+    end
+  end
 end
 
 -- Returns a refusal for a learner that has been superseded. An epoch above ours is one that we lost with our tail.
@@ -45,23 +70,25 @@ local function fence(job, epoch)
   return nil
 end
 
-local function count(job, state, site, change)
-  if change ~= 0 then
-    redis.call('HINCRBY', job.counts, 'state:' .. state .. '@' .. site, change)
-  end
+local function change(job, name, by)
+  job.changes[name] = (job.changes[name] or 0) + by
+end
+
+local function count(job, state, site, by)
+  change(job, 'state:' .. state .. '@' .. site, by)
 end
 
 local function load(job, key)
   local name = job.prefix .. key
   local found = redis.call('HMGET', name, 'state', 'attempt', 'tries', 'site', 'entry', 'nonce', 'rollout', 'sha256',
-    'bytes', 'verdict')
-  if not found[1] then
+    'bytes', 'verdict', 'journal')
+  if not found[1] or job.has_ended[key] then
     return nil
   end
   return {
     key = key, name = name, state = found[1], attempt = tonumber(found[2]), tries = tonumber(found[3]),
     site = found[4], entry = found[5], nonce = found[6], rollout = found[7], sha256 = found[8],
-    bytes = tonumber(found[9] or '0'), verdict = found[10],
+    bytes = tonumber(found[9] or '0'), verdict = found[10], journal = tonumber(found[11] or '0'),
   }
 end
 
@@ -86,17 +113,18 @@ local function held(job, key, attempt, entry)
   return nil
 end
 
-local function drop(stream, group, entry)
-  redis.call('XACK', stream, group, entry)
-  redis.call('XDEL', stream, entry)
+local function drop(job, stream, group, entry)
+  local drops = job.dropped[stream] or {stream = stream, group = group, entries = {}}
+  drops.entries[#drops.entries + 1] = entry
+  job.dropped[stream] = drops
 end
 
 -- Takes a ticket's entry out of the stream that its workers read.
 local function drop_entry(job, ticket)
   if ticket.site == job.site then
-    drop(job.tickets, ACTORS, ticket.entry)
+    drop(job, job.tickets, ACTORS, ticket.entry)
   else
-    drop(job.leased, SITES, ticket.entry)
+    drop(job, job.leased, SITES, ticket.entry)
   end
 end
 
@@ -122,17 +150,21 @@ local function bury(job, kind, key, site, fields, reason, detail)
 end
 
 local function forget_journal(ticket)
-  redis.call('DEL', ticket.name .. ':journal')
+  if ticket.journal > 0 then
+    redis.call('DEL', ticket.name .. ':journal')
+    redis.call('HDEL', ticket.name, 'journal')
+    ticket.journal = 0
+  end
 end
 
 -- Takes what a ticket has in the rollouts stream out of it.
 local function drop_rollout(job, ticket)
   if ticket.rollout then
-    drop(job.rollouts, LEARNER, ticket.rollout)
-    redis.call('HINCRBY', job.counts, 'bytes', -ticket.bytes)
+    drop(job, job.rollouts, LEARNER, ticket.rollout)
+    change(job, 'bytes', -ticket.bytes)
   end
   if ticket.verdict then
-    drop(job.rollouts, LEARNER, ticket.verdict)
+    drop(job, job.rollouts, LEARNER, ticket.verdict)
   end
 end
 
@@ -145,9 +177,11 @@ local function finish(job, ticket, outcome)
     forget_journal(ticket)
   end
   redis.call('DEL', ticket.name)
-  redis.call('SREM', job.active, ticket.key)
+  -- At once, next to its deletion: so the append-only file tells how each ticket ended.
+  redis.call('HINCRBY', job.counts, 'state:' .. outcome .. '@' .. ticket.site, 1)
+  job.ended[#job.ended + 1] = ticket.key
+  job.has_ended[ticket.key] = true
   count(job, ticket.state, ticket.site, -1)
-  count(job, outcome, ticket.site, 1)
 end
 
 -- Ends a ticket that got no rollout: a dead letter for people, a notice on the rollouts stream for the learner.
@@ -170,34 +204,31 @@ local function queue_again(job, ticket, tries)
 end
 
 -- ARGV: .., at_least. Returns the new epoch, above `at_least` and above every earlier one.
-local function open_epoch(keys, args)
-  local job = open_job(keys, args)
+local function open_epoch(job, args)
   local current = tonumber(redis.call('GET', job.epoch) or '0')
-  local epoch = string.format('%d', math.max(current, tonumber(args[3])) + 1)
+  local epoch = string.format('%d', math.max(current, tonumber(args[2])) + 1)
   redis.call('SET', job.epoch, epoch)
   return epoch
 end
 
 -- ARGV: .., at_least. Returns the epoch that is now in force.
-local function raise_epoch(keys, args)
-  local job = open_job(keys, args)
+local function raise_epoch(job, args)
   local current = redis.call('GET', job.epoch) or '0'
-  if tonumber(args[3]) <= tonumber(current) then
+  if tonumber(args[2]) <= tonumber(current) then
     return current
   end
-  redis.call('SET', job.epoch, args[3])
-  return args[3]
+  redis.call('SET', job.epoch, args[2])
+  return args[2]
 end
 
 -- ARGV: .., epoch, then (key, payload) of each ticket. Returns {'ok', number of tickets that were not known}.
-local function issue(keys, args)
-  local job = open_job(keys, args)
-  local refusal = fence(job, args[3])
+local function issue(job, args)
+  local refusal = fence(job, args[2])
   if refusal then
     return refusal
   end
   local issued = 0
-  for i = 4, #args, 2 do
+  for i = 3, #args, 2 do
     local key, payload = args[i], args[i + 1]
     local name = job.prefix .. key
     if redis.call('EXISTS', name) == 0 then
@@ -207,10 +238,8 @@ local function issue(keys, args)
       issued = issued + 1
     end
   end
-  if issued > 0 then
-    redis.call('HINCRBY', job.counts, 'issued', issued)
-    count(job, 'queued', job.site, issued)
-  end
+  change(job, 'issued', issued)
+  count(job, 'queued', job.site, issued)
   return {'ok', issued}
 end
 
@@ -218,7 +247,7 @@ local function start_one(job, entry, key, actor, nonce, max_attempts)
   local ticket = load(job, key)
   if not ticket or ticket.entry ~= entry or (ticket.state ~= 'queued' and ticket.state ~= 'running') then
     -- It ended or moved on while this entry was on its way.
-    drop(job.tickets, ACTORS, entry)
+    drop(job, job.tickets, ACTORS, entry)
     return 0
   end
   if ticket.nonce == nonce then
@@ -235,23 +264,21 @@ local function start_one(job, entry, key, actor, nonce, max_attempts)
 end
 
 -- ARGV: .., actor, nonce, max_attempts, then (entry, key) of each. Returns an attempt each; 0: nothing to do.
-local function start(keys, args)
-  local job = open_job(keys, args)
+local function start(job, args)
   local attempts = {}
-  for i = 6, #args, 2 do
-    attempts[#attempts + 1] = start_one(job, args[i], args[i + 1], args[3], args[4], tonumber(args[5]))
+  for i = 5, #args, 2 do
+    attempts[#attempts + 1] = start_one(job, args[i], args[i + 1], args[2], args[3], tonumber(args[4]))
   end
   return attempts
 end
 
 -- ARGV: .., actor, then (key, attempt, entry) of each. Resets idle times. Returns 1 for each still held, else 0.
-local function renew(keys, args)
-  local job = open_job(keys, args)
+local function renew(job, args)
   local kept = {}
-  for i = 4, #args, 3 do
+  for i = 3, #args, 3 do
     local ticket = held(job, args[i], args[i + 1], args[i + 2])
     if ticket then
-      redis.call('XCLAIM', job.tickets, ACTORS, args[3], 0, ticket.entry, 'JUSTID')
+      redis.call('XCLAIM', job.tickets, ACTORS, args[2], 0, ticket.entry, 'JUSTID')
     end
     kept[#kept + 1] = ticket and 1 or 0
   end
@@ -260,19 +287,18 @@ end
 
 -- ARGV: .., key, attempt, entry, max_attempts, whether the attempt counts, whether its journal is kept ('1' | '0'),
 -- reason. Returns 1, or 0 when the attempt is no longer held.
-local function give_back(keys, args)
-  local job = open_job(keys, args)
-  local ticket = held(job, args[3], args[4], args[5])
+local function give_back(job, args)
+  local ticket = held(job, args[2], args[3], args[4])
   if not ticket then
     return 0
   end
-  local counts = args[7] == '1'
+  local counts = args[6] == '1'
   local tries = ticket.tries - (counts and 0 or 1)
-  if tries >= tonumber(args[6]) then
-    fail(job, ticket, 'attempts_exhausted', args[9])
+  if tries >= tonumber(args[5]) then
+    fail(job, ticket, 'attempts_exhausted', args[8])
     return 1
   end
-  if args[8] == '0' then
+  if args[7] == '0' then
     forget_journal(ticket)
   end
   queue_again(job, ticket, tries)
@@ -280,25 +306,23 @@ local function give_back(keys, args)
 end
 
 -- ARGV: .., key, attempt, entry, reason, detail. Returns 1, or 0 when the attempt is no longer held.
-local function reject(keys, args)
-  local job = open_job(keys, args)
-  local ticket = held(job, args[3], args[4], args[5])
+local function reject(job, args)
+  local ticket = held(job, args[2], args[3], args[4])
   if not ticket then
     return 0
   end
-  fail(job, ticket, args[6], args[7])
+  fail(job, ticket, args[5], args[6])
   return 1
 end
 
 -- ARGV: .., key, attempt, entry, index of the turn from 0, payload, the most bytes of a journal.
 -- Returns 'ok', or why not: 'taken', 'gap' (turns before it are missing), 'oversized' (the journal is given up).
-local function journal(keys, args)
-  local job = open_job(keys, args)
-  local ticket = held(job, args[3], args[4], args[5])
+local function journal(job, args)
+  local ticket = held(job, args[2], args[3], args[4])
   if not ticket then
     return 'taken'
   end
-  local name, index = ticket.name .. ':journal', tonumber(args[6])
+  local name, index = ticket.name .. ':journal', tonumber(args[5])
   local turns = redis.call('LLEN', name)
   if index > turns then
     return 'gap'
@@ -310,12 +334,12 @@ local function journal(keys, args)
   elseif index < turns then
     redis.call('LTRIM', name, 0, index - 1)
   end
-  bytes = bytes + #args[7]
-  if bytes > tonumber(args[8]) then
+  bytes = bytes + #args[6]
+  if bytes > tonumber(args[7]) then
     redis.call('DEL', name)
     return 'oversized'
   end
-  redis.call('RPUSH', name, args[7])
+  redis.call('RPUSH', name, args[6])
   redis.call('HSET', ticket.name, 'journal', bytes)
   return 'ok'
 end
@@ -332,33 +356,43 @@ local function open_to(ticket, attempt, entry)
   return false
 end
 
--- ARGV: .., key, attempt, entry, sha256, codec, whether it awaits its verdict ('1' | '0'), maker's site or '', payload.
--- Returns 'delivered', 'repeated' (these very bytes are there already), or why not: 'gone', 'taken'.
-local function deliver(keys, args)
-  local job = open_job(keys, args)
-  local ticket = load(job, args[3])
+local function deliver_one(job, maker, head, payload)
+  local key, attempt, entry, sha256, codec, awaiting = string.match(head, '^(%S+) (%d+) (%S+) (%x+) (%S+) ([01])$')
+  local ticket = load(job, key)
   if not ticket then
     return 'gone'
   end
-  if not open_to(ticket, tonumber(args[4]), args[5]) then
-    return ticket.rollout and ticket.sha256 == args[6] and 'repeated' or 'taken'
+  if not open_to(ticket, tonumber(attempt), entry) then
+    return ticket.rollout and ticket.sha256 == sha256 and 'repeated' or 'taken'
   end
-  local site = args[9] ~= '' and args[9] or ticket.site
-  local rollout = redis.call('XADD', job.rollouts, '*', 'schema', '1', 'codec', args[7], 'sha256', args[6],
-    'key', ticket.key, 'attempt', args[4], 'site', site, 'awaiting', args[8], 'payload', args[10])
+  local site = maker ~= '' and maker or ticket.site
+  local state = awaiting == '1' and 'awaiting_verdict' or 'delivered'
+  local rollout = redis.call('XADD', job.rollouts, '*', 'schema', '1', 'codec', codec, 'sha256', sha256, 'key', key,
+    'attempt', attempt, 'site', site, 'awaiting', awaiting, 'payload', payload)
   drop_entry(job, ticket)
   forget_journal(ticket)
-  local bytes = #args[10]
-  redis.call('HSET', ticket.name, 'attempt', args[4], 'rollout', rollout, 'sha256', args[6], 'bytes', bytes)
-  redis.call('HINCRBY', job.counts, 'bytes', bytes)
-  move(job, ticket, args[8] == '1' and 'awaiting_verdict' or 'delivered', site)
+  change(job, 'bytes', #payload)
+  count(job, ticket.state, ticket.site, -1)
+  count(job, state, site, 1)
+  redis.call('HSET', ticket.name, 'state', state, 'site', site, 'attempt', attempt, 'rollout', rollout,
+    'sha256', sha256, 'bytes', #payload)
   return 'delivered'
 end
 
+-- ARGV: .., maker's site or '', then of each 'key attempt entry sha256 codec awaiting' (whether it awaits its verdict:
+-- 1 or 0) and payload. Returns of each 'delivered', 'repeated' (these very bytes are there already), or why not: 'gone',
+-- 'taken'.
+local function deliver(job, args)
+  local outcomes = {}
+  for i = 3, #args, 2 do
+    outcomes[#outcomes + 1] = deliver_one(job, args[2], args[i], args[i + 1])
+  end
+  return outcomes
+end
+
 -- ARGV: .., key, verdict. Returns 'delivered', or why not: 'gone', 'taken' (it awaits none).
-local function verdict(keys, args)
-  local job = open_job(keys, args)
-  local ticket = load(job, args[3])
+local function verdict(job, args)
+  local ticket = load(job, args[2])
   if not ticket then
     return 'gone'
   end
@@ -366,7 +400,7 @@ local function verdict(keys, args)
     return 'taken'
   end
   local entry = redis.call('XADD', job.rollouts, '*', 'schema', '1', 'key', ticket.key, 'attempt', ticket.attempt,
-    'site', ticket.site, 'verdict', args[4])
+    'site', ticket.site, 'verdict', args[3])
   redis.call('HSET', ticket.name, 'verdict', entry)
   move(job, ticket, 'delivered', ticket.site)
   return 'delivered'
@@ -374,16 +408,15 @@ end
 
 -- ARGV: .., epoch, then (entry or '', key, outcome) of each. Returns {'ok'}.
 -- The learner is the authority: a ticket ends whatever its state, for a broker that lost its tail may know less.
-local function acknowledge(keys, args)
-  local job = open_job(keys, args)
-  local refusal = fence(job, args[3])
+local function acknowledge(job, args)
+  local refusal = fence(job, args[2])
   if refusal then
     return refusal
   end
-  for i = 4, #args, 3 do
+  for i = 3, #args, 3 do
     local ticket = load(job, args[i + 1])
     if args[i] ~= '' and not (ticket and ticket.rollout == args[i]) then
-      drop(job.rollouts, LEARNER, args[i])
+      drop(job, job.rollouts, LEARNER, args[i])
     end
     if ticket then
       finish(job, ticket, args[i + 2])
@@ -393,25 +426,24 @@ local function acknowledge(keys, args)
 end
 
 -- ARGV: .., epoch, entry, key, reason, detail, task. Returns {'ok'}.
-local function dead_letter(keys, args)
-  local job = open_job(keys, args)
-  local refusal = fence(job, args[3])
+local function dead_letter(job, args)
+  local refusal = fence(job, args[2])
   if refusal then
     return refusal
   end
-  local ticket = load(job, args[5])
-  local found = redis.call('XRANGE', job.rollouts, args[4], args[4])
+  local ticket = load(job, args[4])
+  local found = redis.call('XRANGE', job.rollouts, args[3], args[3])
   if found[1] then
     local fields = found[1][2]
     fields[#fields + 1] = 'task'
-    fields[#fields + 1] = args[8]
-    bury(job, 'rollout', args[5], ticket and ticket.site or '', fields, args[6], args[7])
+    fields[#fields + 1] = args[7]
+    bury(job, 'rollout', args[4], ticket and ticket.site or '', fields, args[5], args[6])
   end
-  if not (ticket and ticket.rollout == args[4]) then
-    drop(job.rollouts, LEARNER, args[4])
+  if not (ticket and ticket.rollout == args[3]) then
+    drop(job, job.rollouts, LEARNER, args[3])
   end
   -- An entry that is not the ticket's own is a forgery or a repeat, and must not end it.
-  if ticket and (ticket.rollout == args[4] or ticket.verdict == args[4]) then
+  if ticket and (ticket.rollout == args[3] or ticket.verdict == args[3]) then
     finish(job, ticket, 'rejected')
     return {'ok', 1}
   end
@@ -420,17 +452,16 @@ end
 
 -- ARGV: .., epoch, reason, limit. Ends at most `limit` tickets, so that no call holds the broker for long.
 -- Returns {'ok', number left, state, number ended, ...}.
-local function close(keys, args)
-  local job = open_job(keys, args)
-  local refusal = fence(job, args[3])
+local function close(job, args)
+  local refusal = fence(job, args[2])
   if refusal then
     return refusal
   end
   local ended = {}
-  for _, key in ipairs(redis.call('SPOP', job.active, args[5])) do
+  for _, key in ipairs(redis.call('SPOP', job.active, args[4])) do
     local ticket = load(job, key)
     if ticket then
-      finish(job, ticket, args[4])
+      finish(job, ticket, args[3])
       ended[ticket.state] = (ended[ticket.state] or 0) + 1
     end
   end
@@ -462,7 +493,7 @@ local function lease_queued(job, site, nonce, limit, max_attempts, leases)
   for _, item in ipairs(found and found[1][2] or {}) do
     local ticket = load(job, item[2][2])
     if not ticket or ticket.entry ~= item[1] or ticket.state ~= 'queued' then
-      drop(job.tickets, ACTORS, item[1])
+      drop(job, job.tickets, ACTORS, item[1])
     elseif ticket.tries >= max_attempts then
       fail(job, ticket, 'attempts_exhausted', 'no attempt is left for another site')
     else
@@ -476,7 +507,7 @@ local function lease_expired(job, site, nonce, limit, max_attempts, lease_ms, le
   for _, item in ipairs(idle[2]) do
     local ticket = load(job, item[2][2])
     if not ticket or ticket.entry ~= item[1] or (ticket.state ~= 'running' and ticket.state ~= 'spooled') then
-      drop(job.leased, SITES, item[1])
+      drop(job, job.leased, SITES, item[1])
     elseif ticket.tries >= max_attempts then
       fail(job, ticket, 'attempts_exhausted', 'the lease of the last site ran out')
     else
@@ -487,37 +518,34 @@ end
 
 -- ARGV: .., holder site, nonce, limit, max_attempts, lease in ms. Returns {entry, attempt, fields} of each.
 -- Another site's lease that ran out is taken over only when nothing is queued: it may still come back with its work.
-local function lease(keys, args)
-  local job = open_job(keys, args)
+local function lease(job, args)
   local leases = {}
-  lease_queued(job, args[3], args[4], args[5], tonumber(args[6]), leases)
+  lease_queued(job, args[2], args[3], args[4], tonumber(args[5]), leases)
   if #leases == 0 then
-    lease_expired(job, args[3], args[4], args[5], tonumber(args[6]), args[7], leases)
+    lease_expired(job, args[2], args[3], args[4], tonumber(args[5]), args[6], leases)
   end
   return leases
 end
 
 -- ARGV: .., holder site, nonce, keys. Leases those that are queued, without counting a try. Returns as `lease`.
-local function adopt(keys, args)
-  local job = open_job(keys, args)
+local function adopt(job, args)
   local leases = {}
-  for i = 5, #args do
+  for i = 4, #args do
     local ticket = load(job, args[i])
     if ticket and ticket.state == 'queued' then
-      leases[#leases + 1] = lease_one(job, ticket, args[3], args[4], ticket.tries)
+      leases[#leases + 1] = lease_one(job, ticket, args[2], args[3], ticket.tries)
     end
   end
   return leases
 end
 
 -- ARGV: .., holder site, then (key, attempt, entry, 'running' | 'spooled') of each. Returns 1 for each held, else 0.
-local function renew_site(keys, args)
-  local job = open_job(keys, args)
+local function renew_site(job, args)
   local kept = {}
-  for i = 4, #args, 4 do
+  for i = 3, #args, 4 do
     local ticket = held(job, args[i], args[i + 1], args[i + 2])
     if ticket then
-      redis.call('XCLAIM', job.leased, SITES, args[3], 0, ticket.entry, 'JUSTID')
+      redis.call('XCLAIM', job.leased, SITES, args[2], 0, ticket.entry, 'JUSTID')
       move(job, ticket, args[i + 3], ticket.site)
     end
     kept[#kept + 1] = ticket and 1 or 0
@@ -526,16 +554,15 @@ local function renew_site(keys, args)
 end
 
 -- ARGV: .., lease in ms, cursor, limit, max_attempts. Returns {cursor, number of tickets that no site has any more}.
-local function expire(keys, args)
-  local job = open_job(keys, args)
-  local idle = redis.call('XAUTOCLAIM', job.leased, SITES, 'expired', args[3], args[4], 'COUNT', args[5])
+local function expire(job, args)
+  local idle = redis.call('XAUTOCLAIM', job.leased, SITES, 'expired', args[2], args[3], 'COUNT', args[4])
   local back = 0
   for _, item in ipairs(idle[2]) do
     local ticket = load(job, item[2][2])
     if not ticket or ticket.entry ~= item[1] then
-      drop(job.leased, SITES, item[1])
+      drop(job, job.leased, SITES, item[1])
     else
-      if ticket.tries >= tonumber(args[6]) then
+      if ticket.tries >= tonumber(args[5]) then
         fail(job, ticket, 'attempts_exhausted', 'the lease of the last site ran out')
       else
         queue_again(job, ticket, ticket.tries)
@@ -554,13 +581,12 @@ local function incarnation()
 end
 
 -- ARGV: .., keys. Returns 1 for each ticket that the durable frontier covers, else 0; or {'unreconciled'}.
-local function covered(keys, args)
-  local job = open_job(keys, args)
+local function covered(job, args)
   if redis.call('GET', job.reconciled) ~= incarnation() then
     return {'unreconciled'}
   end
   local ended = {}
-  for i = 3, #args do
+  for i = 2, #args do
     ended[#ended + 1] = 1 - redis.call('EXISTS', job.prefix .. args[i])
   end
   return ended
@@ -568,8 +594,8 @@ end
 
 local function final_counts(job, args)
   local finals = {}
-  if args[4] == 'given' then
-    for i = 5, #args, 3 do
+  if args[3] == 'given' then
+    for i = 4, #args, 3 do
       finals['state:' .. args[i + 1] .. '@' .. args[i]] = tonumber(args[i + 2])
     end
     return finals
@@ -587,9 +613,8 @@ end
 
 -- ARGV: .., epoch, 'given' | 'kept', then (site, outcome, number) of each final count. Returns {'ok', issued}.
 -- The counts are made anew from the tickets that are here and these finals; sites may then trust `covered`.
-local function reconcile(keys, args)
-  local job = open_job(keys, args)
-  local refusal = fence(job, args[3])
+local function reconcile(job, args)
+  local refusal = fence(job, args[2])
   if refusal then
     return refusal
   end
@@ -616,7 +641,13 @@ end
 
 -- Only what brings in new payloads is refused when the broker's memory is full: everything else helps to free it.
 local function register(name, callback, flags)
-  redis.register_function{function_name = 'longshore_@VERSION@_' .. name, callback = callback, flags = flags}
+  local function call(keys, args)
+    local job = open_job(keys, args)
+    local reply = callback(job, args)
+    settle(job)
+    return reply
+  end
+  redis.register_function{function_name = 'longshore_@VERSION@_' .. name, callback = call, flags = flags}
 end
 
 register('issue', issue, {})

@@ -1,4 +1,4 @@
-"""Names of a job's keys on the broker; nothing else spells them.
+"""Names of a job's keys on the broker; nothing else spells them but functions.lua, which gets one of them each call.
 
 All keys of a job carry the hash tag `{project/job}`, so that a cluster keeps them in one slot and one function can
 touch them all. Knows no commands.
@@ -92,20 +92,6 @@ class JobKeys:
     def ticket_prefix(self) -> str:
         """A ticket's hash is this and its key; its journal is that and `:journal`."""
         return self._own("t:")
-
-    @property
-    def for_functions(self) -> tuple[str, ...]:
-        """KEYS of every function in functions.lua, in its order."""
-        return (
-            self.tickets,
-            self.leased,
-            self.rollouts,
-            self.active,
-            self.counts,
-            self.epoch,
-            self.dead,
-            self.reconciled,
-        )
 
     def _own(self, name: str) -> str:
         return f"{job_prefix(self.job)}{self.site}:{name}"

@@ -10,7 +10,7 @@ that.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -31,8 +31,11 @@ MAX_VERDICT_BYTES = 64 * 1024 * 1024
 _BLOB = "blob+"
 _CALL_ENDS = 500
 _CALL_KEYS = 1000
-# Rollouts of one pipeline: their bytes are in memory twice while they are sent.
-_CALL_BYTES = 8 * 1024 * 1024
+# Rollouts of one function call, which holds the broker while it runs.
+_CALL_BYTES = 1024 * 1024
+_CALL_ROLLOUTS = 128
+# Rollouts of one round trip: their bytes are in memory twice while they are sent.
+_TRIP_BYTES = 8 * 1024 * 1024
 # Bytes that one read aims at, going by the size of the rollouts so far.
 _READ_BYTES = 64 * 1024 * 1024
 # A payload below this is packed on the event loop: a thread would cost more.
@@ -68,6 +71,23 @@ class End:
     entry_id: str | None
     ticket_key: str
     outcome: str
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A rollout on its way: its place among those to deliver, and what goes into the call."""
+
+    index: int
+    claim: Claim
+    packed: payload.Packed
+    awaiting_verdict: bool
+
+    @property
+    def head(self) -> str:
+        """What deliver in functions.lua reads. One argument, for each costs both sides some time."""
+        key, attempt, entry = self.claim.fence
+        awaiting = 1 if self.awaiting_verdict else 0
+        return f"{key} {attempt} {entry} {self.packed.sha256} {self.packed.codec} {awaiting}"
 
 
 class RolloutQueue:
@@ -117,24 +137,22 @@ class RolloutQueue:
         Returns:
             For each what `deliver` would return, or raise for this rollout alone.
         """
-        outcomes: list[bool | LongshoreError] = []
-        calls: list[tuple[int, tuple[str | bytes | int, ...]]] = []
+        outcomes: list[bool | LongshoreError] = [False] * len(rollouts)
+        trip: list[_Packed] = []
         size = 0
-        for claim, rollout, awaiting in rollouts:
-            outcomes.append(False)
+        for index, (claim, rollout, awaiting) in enumerate(rollouts):
             try:
                 packed = await self._packed(claim, rollout)
             except Rejected as error:
-                outcomes[-1] = error
+                outcomes[index] = error
                 continue
-            if calls and size + len(packed.data) > _CALL_BYTES:
-                await self._send(calls, rollouts, outcomes)
-                calls, size = [], 0
-            parts = (*claim.fence, packed.sha256, packed.codec, "1" if awaiting else "0", self._maker, packed.data)
-            calls.append((len(outcomes) - 1, parts))
+            if trip and size + len(packed.data) > _TRIP_BYTES:
+                await self._send(trip, outcomes)
+                trip, size = [], 0
+            trip.append(_Packed(index, claim, packed, awaiting))
             size += len(packed.data)
-        if calls:
-            await self._send(calls, rollouts, outcomes)
+        if trip:
+            await self._send(trip, outcomes)
         return outcomes
 
     async def deliver_verdict(self, ticket_key: str, verdict: bytes) -> None:
@@ -255,18 +273,14 @@ class RolloutQueue:
         await self._blobs.put(path, packed.data)
         return payload.Packed(_BLOB + packed.codec, path.encode(), packed.sha256)
 
-    async def _send(
-        self,
-        calls: Sequence[tuple[int, tuple[str | bytes | int, ...]]],
-        rollouts: Sequence[tuple[Claim, bytes, bool]],
-        outcomes: list[bool | LongshoreError],
-    ) -> None:
-        if len(calls) == 1:
-            replies = [await broker.call(self._redis, self._keys, "deliver", *calls[0][1])]
-        else:
-            replies = await broker.call_many(self._redis, self._keys, "deliver", [parts for _, parts in calls])
-        for (index, _), reply in zip(calls, replies, strict=True):
-            outcomes[index] = _outcome(rollouts[index][0], reply)
+    async def _send(self, trip: Sequence[_Packed], outcomes: list[bool | LongshoreError]) -> None:
+        calls = list(_calls(trip))
+        parts = [(self._maker, *(part for item in call for part in (item.head, item.packed.data))) for call in calls]
+        replies = await broker.call_many(self._redis, self._keys, "deliver", parts)
+        for call, reply in zip(calls, replies, strict=True):
+            answers = [reply] * len(call) if isinstance(reply, LongshoreError) else reply
+            for item, answer in zip(call, answers, strict=True):
+                outcomes[item.index] = _outcome(item.claim, answer)
 
     async def _unpacked(self, codec: str, data: bytes, sha256: str) -> bytes:
         if codec.startswith(_BLOB):
@@ -340,7 +354,20 @@ def _order(entry_id: str) -> tuple[int, int]:
     return int(milliseconds), int(sequence or 0)
 
 
-def _outcome(claim: Claim, reply: object) -> bool | LongshoreError:
+def _calls(trip: Sequence[_Packed]) -> Iterator[list[_Packed]]:
+    """What goes into one function call each."""
+    call: list[_Packed] = []
+    size = 0
+    for item in trip:
+        if call and (len(call) >= _CALL_ROLLOUTS or size + len(item.packed.data) > _CALL_BYTES):
+            yield call
+            call, size = [], 0
+        call.append(item)
+        size += len(item.packed.data)
+    yield call
+
+
+def _outcome(claim: Claim, reply: bytes | LongshoreError) -> bool | LongshoreError:
     if isinstance(reply, LongshoreError):
         return reply
     if reply in (b"gone", b"taken"):
