@@ -198,7 +198,7 @@ async def test_dead_letters_do_not_fill_the_broker(bench):
 
 
 @pytest.mark.parametrize(
-    "change", [{"codec": "lzma"}, {"payload": b"other"}, {"sha256": "00"}, {"schema": "2"}, {"codec": "zstd"}]
+    "change", [{"codec": "lzma"}, {"payload": b"other"}, {"digest": "00"}, {"schema": "2"}, {"codec": "zstd"}]
 )
 async def test_a_payload_that_did_not_survive_its_way_is_handed_on_empty(bench, change):
     epoch = await deliver_all(bench, 1)
@@ -217,7 +217,7 @@ async def test_a_payload_that_did_not_survive_its_way_is_handed_on_empty(bench, 
 async def test_an_entry_that_nobody_delivered_is_set_aside_and_its_ticket_goes_on(bench):
     epoch = await bench.issued(1)
     (claim,) = await bench.tickets.claim("actor-0", 1, 0)
-    forged = {"schema": "1", "codec": "plain", "sha256": "00", "key": "0.0", "attempt": "1", "payload": b"forged"}
+    forged = {"schema": "1", "codec": "plain", "digest": "00", "key": "0.0", "attempt": "1", "payload": b"forged"}
     await bench.redis.xadd(bench.keys.rollouts, forged)
     (delivery,) = await bench.rollouts.read(8, 0)
     assert await bench.rollouts.dead_letter(epoch, delivery, "malformed", "") is False

@@ -94,7 +94,7 @@ def entry_of(ticket: Ticket, body: bytes, **changes: bytes | str | None) -> Entr
     fields: dict[str, bytes | str | int | None] = {
         "schema": "1",
         "codec": packed.codec,
-        "sha256": packed.sha256,
+        "digest": packed.digest,
         "key": ticket.ref.key,
         "attempt": "1",
         "site": "home",
@@ -355,7 +355,7 @@ def _bare(**fields: bytes | str) -> Callable[[Ticket], Entry]:
 
 
 OUTSIDE = [
-    Kind("a wrong checksum", _outside(sha256="0" * 64), "unreadable", deliverable=False),
+    Kind("a wrong checksum", _outside(digest="0" * 64), "unreadable", deliverable=False),
     Kind("an unknown codec", _outside(codec="pickle"), "unreadable", deliverable=False),
     Kind("damaged zstd", _outside(codec="zstd", payload=b"\x28\xb5\x2f\xfd nonsense"), "unreadable", deliverable=False),
     Kind("an entry of another schema", _outside(schema="9"), "unreadable", deliverable=False),
@@ -390,6 +390,6 @@ def deliverable(kinds: Iterable[Kind] = KINDS) -> list[Kind]:
 def body_of(kind: Kind, ticket: Ticket) -> bytes:
     """The rollout inside a deliverable kind's entry."""
     fields = kind.make(ticket)
-    data, codec, sha256 = fields["payload"], fields["codec"], fields["sha256"]
+    data, codec, digest = fields["payload"], fields["codec"], fields["digest"]
     assert isinstance(data, bytes)
-    return payload.decode(payload.Packed(str(codec), data, str(sha256)))
+    return payload.decode(payload.Packed(str(codec), data, str(digest)))

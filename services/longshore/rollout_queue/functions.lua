@@ -14,7 +14,7 @@
 --   entry     its entry in the tickets stream, or in the leased stream while another site has it
 --   holder    the actor or the site of the newest attempt
 --   nonce     the call that made the newest attempt, so that a repeated call is not a second attempt
---   rollout, sha256, bytes   its entry in the rollouts stream, the payload's digest and size, once delivered
+--   rollout, digest, bytes   its entry in the rollouts stream, the payload's digest and size, once delivered
 --   verdict   entry of a verdict that came after its rollout
 --   journal   bytes of its journal, a list of finished turns under the hash's name and ':journal'
 
@@ -80,14 +80,14 @@ end
 
 local function load(job, key)
   local name = job.prefix .. key
-  local found = redis.call('HMGET', name, 'state', 'attempt', 'tries', 'site', 'entry', 'nonce', 'rollout', 'sha256',
+  local found = redis.call('HMGET', name, 'state', 'attempt', 'tries', 'site', 'entry', 'nonce', 'rollout', 'digest',
     'bytes', 'verdict', 'journal')
   if not found[1] or job.has_ended[key] then
     return nil
   end
   return {
     key = key, name = name, state = found[1], attempt = tonumber(found[2]), tries = tonumber(found[3]),
-    site = found[4], entry = found[5], nonce = found[6], rollout = found[7], sha256 = found[8],
+    site = found[4], entry = found[5], nonce = found[6], rollout = found[7], digest = found[8],
     bytes = tonumber(found[9] or '0'), verdict = found[10], journal = tonumber(found[11] or '0'),
   }
 end
@@ -357,17 +357,17 @@ local function open_to(ticket, attempt, entry)
 end
 
 local function deliver_one(job, maker, head, payload)
-  local key, attempt, entry, sha256, codec, awaiting = string.match(head, '^(%S+) (%d+) (%S+) (%x+) (%S+) ([01])$')
+  local key, attempt, entry, digest, codec, awaiting = string.match(head, '^(%S+) (%d+) (%S+) (%x+) (%S+) ([01])$')
   local ticket = load(job, key)
   if not ticket then
     return 'gone'
   end
   if not open_to(ticket, tonumber(attempt), entry) then
-    return ticket.rollout and ticket.sha256 == sha256 and 'repeated' or 'taken'
+    return ticket.rollout and ticket.digest == digest and 'repeated' or 'taken'
   end
   local site = maker ~= '' and maker or ticket.site
   local state = awaiting == '1' and 'awaiting_verdict' or 'delivered'
-  local rollout = redis.call('XADD', job.rollouts, '*', 'schema', '1', 'codec', codec, 'sha256', sha256, 'key', key,
+  local rollout = redis.call('XADD', job.rollouts, '*', 'schema', '1', 'codec', codec, 'digest', digest, 'key', key,
     'attempt', attempt, 'site', site, 'awaiting', awaiting, 'payload', payload)
   drop_entry(job, ticket)
   forget_journal(ticket)
@@ -375,11 +375,11 @@ local function deliver_one(job, maker, head, payload)
   count(job, ticket.state, ticket.site, -1)
   count(job, state, site, 1)
   redis.call('HSET', ticket.name, 'state', state, 'site', site, 'attempt', attempt, 'rollout', rollout,
-    'sha256', sha256, 'bytes', #payload)
+    'digest', digest, 'bytes', #payload)
   return 'delivered'
 end
 
--- ARGV: .., maker's site or '', then of each 'key attempt entry sha256 codec awaiting' (whether it awaits its verdict:
+-- ARGV: .., maker's site or '', then of each 'key attempt entry digest codec awaiting' (whether it awaits its verdict:
 -- 1 or 0) and payload. Returns of each 'delivered', 'repeated' (these very bytes are there already), or why not: 'gone',
 -- 'taken'.
 local function deliver(job, args)

@@ -10,6 +10,7 @@ that.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ class _Packed:
         """What deliver in functions.lua reads. One argument, for each costs both sides some time."""
         key, attempt, entry = self.claim.fence
         awaiting = 1 if self.awaiting_verdict else 0
-        return f"{key} {attempt} {entry} {self.packed.sha256} {self.packed.codec} {awaiting}"
+        return f"{key} {attempt} {entry} {self.packed.digest} {self.packed.codec} {awaiting}"
 
 
 class RolloutQueue:
@@ -268,10 +269,11 @@ class RolloutQueue:
         packed = await asyncio.to_thread(payload.encode, rollout)
         if self._blobs is None or len(packed.data) <= INLINE_BYTES:
             return packed
-        # The path holds all that makes a delivery the same one, so a repeated delivery writes the same object.
-        path = f"{self._job}/rollouts/{claim.ticket.ref.key}/{claim.attempt}/{packed.sha256}"
+        # The path holds all that makes a delivery the same one, so a repeated delivery writes the same object. Others
+        # may be able to write to the storage: the path, which lies in the stream, tells what must be found there.
+        path = f"{self._job}/rollouts/{claim.ticket.ref.key}/{claim.attempt}/{await _sha256(packed.data)}"
         await self._blobs.put(path, packed.data)
-        return payload.Packed(_BLOB + packed.codec, path.encode(), packed.sha256)
+        return payload.Packed(_BLOB + packed.codec, path.encode(), packed.digest)
 
     async def _send(self, trip: Sequence[_Packed], outcomes: list[bool | LongshoreError]) -> None:
         calls = list(_calls(trip))
@@ -282,7 +284,7 @@ class RolloutQueue:
             for item, answer in zip(call, answers, strict=True):
                 outcomes[item.index] = _outcome(item.claim, answer)
 
-    async def _unpacked(self, codec: str, data: bytes, sha256: str) -> bytes:
+    async def _unpacked(self, codec: str, data: bytes, digest: str) -> bytes:
         if codec.startswith(_BLOB):
             if self._blobs is None:
                 raise Rejected("blob", "it lies in an object storage that this process was not given")
@@ -294,9 +296,11 @@ class RolloutQueue:
                 data = await self._blobs.get(path, payload.MAX_BYTES)
             except NotFound as error:
                 raise Rejected("blob", str(error)) from None
+            if await _sha256(data) != path.rpartition("/")[2]:
+                raise IntegrityError(f"blob {path} does not hold what was put there")
         if len(data) < _THREAD_BYTES:
-            return payload.decode(payload.Packed(codec, data, sha256))
-        return await asyncio.to_thread(payload.decode, payload.Packed(codec, data, sha256))
+            return payload.decode(payload.Packed(codec, data, digest))
+        return await asyncio.to_thread(payload.decode, payload.Packed(codec, data, digest))
 
     async def _forget_blobs(self, entry_ids: Sequence[str]) -> None:
         paths = [self._blob_of.pop(entry_id) for entry_id in entry_ids if entry_id in self._blob_of]
@@ -335,7 +339,7 @@ class RolloutQueue:
             if (schema := fields.get(b"schema")) != b"1":
                 raise Rejected("schema", f"unknown schema {schema!r}")
             data = fields.get(b"payload", b"")
-            body = await self._unpacked(word(b"codec"), data, word(b"sha256"))
+            body = await self._unpacked(word(b"codec"), data, word(b"digest"))
             if word(b"codec").startswith(_BLOB):
                 self._blob_of[entry_id] = data.decode()
         except (Rejected, IntegrityError) as error:
@@ -347,6 +351,10 @@ class RolloutQueue:
         with broker.reaching():
             await self._redis.xack(self._keys.rollouts, LEARNER, entry_id)
             await self._redis.xdel(self._keys.rollouts, entry_id)
+
+
+async def _sha256(data: bytes) -> str:
+    return (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()
 
 
 def _order(entry_id: str) -> tuple[int, int]:

@@ -386,7 +386,7 @@ async def test_a_rollout_damaged_at_the_site_ends_its_ticket_with_a_reason(world
     (entry, fields), _ = await world.redis.xrange(stream)
     await world.redis.delete(stream)
     await broker.setup(world.redis, world.west.keys)
-    await world.redis.xadd(stream, {**fields, b"sha256": b"0" * 64}, id=entry)
+    await world.redis.xadd(stream, {**fields, b"digest": b"0" * 64}, id=entry)
     await world.site_step()
     await world.site_step()
     await world.hand_in()
