@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 Command = tuple[bytes, ...]
 _READ_BYTES = 4 * 1024 * 1024
@@ -84,6 +85,8 @@ class AofFile:
         """`folder` is the server's `appendonlydir`; it may not be there yet."""
         self._folder = folder
         self._rest = b""
+        # Kept open: the server removes a file that it has rewritten, perhaps before we have read its end.
+        self._file: BinaryIO | None = None
         self.path: Path | None = None
         # Everything up to here has been handed out.
         self.position = 0
@@ -91,15 +94,13 @@ class AofFile:
     def read(self) -> list[Transaction]:
         """Whole transactions that were written since the last call, oldest first."""
         if self.path is None:
-            self.path = self._after(None)
-            if self.path is None:
+            first = self._after(None)
+            if first is None or not self._open(first):
                 return []
-        found = self._read_more(self.path)
-        while not found and (newer := self._after(self.path)) is not None:
+        found = self._read_more()
+        while not found and (newer := self._after(self.path)) is not None and self._open(newer):
             # A rewrite began a new file; nothing is added to the one before any more.
-            self.path, self.position = newer, 0
-            self._rest = b""
-            found = self._read_more(newer)
+            found = self._read_more()
         return found
 
     def rewind(self, position: int) -> None:
@@ -108,19 +109,29 @@ class AofFile:
         self._rest = b""
 
     def size(self) -> int:
-        return self.path.stat().st_size if self.path is not None and self.path.exists() else 0
+        return os.fstat(self._file.fileno()).st_size if self._file is not None else 0
 
-    def _read_more(self, path: Path) -> list[Transaction]:
-        found: list[Transaction] = []
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self, path: Path) -> bool:
+        """Goes over to a file; False when it has been rewritten and removed already."""
         try:
-            with path.open("rb") as file:
-                file.seek(self.position + len(self._rest))
-                while piece := file.read(_READ_BYTES):
-                    self._rest += piece
-                    found += self._whole()
+            file = path.open("rb")
         except FileNotFoundError:
-            # Rewritten and removed between two looks.
-            return found
+            return False
+        self.close()
+        self._file, self.path, self.position, self._rest = file, path, 0, b""
+        return True
+
+    def _read_more(self) -> list[Transaction]:
+        assert self._file is not None
+        found: list[Transaction] = []
+        self._file.seek(self.position + len(self._rest))
+        while piece := self._file.read(_READ_BYTES):
+            self._rest += piece
+            found += self._whole()
         return found
 
     def _whole(self) -> list[Transaction]:

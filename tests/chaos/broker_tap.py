@@ -57,6 +57,7 @@ class BrokerTap:
         self._stop.set()
         self._thread.join()
         self.catch_up()
+        self._file.close()
 
     def catch_up(self) -> None:
         """Takes in what has been written up to now."""
@@ -90,17 +91,23 @@ class BrokerTap:
     def _read(self) -> None:
         if self._file.size() < self._file.position:
             # The server dropped a torn end of its own accord.
-            self._go_back(next(mark for mark in reversed(self._marks) if mark.position <= self._file.size()))
+            size, path = self._file.size(), self._file.path
+            self._go_back(next(mark for mark in reversed(self._marks) if mark.path == path and mark.position <= size))
+        path = self._file.path
         found = self._file.read()
         if found:
             assert self._file.path is not None
+            if self._file.path != path:
+                # Nothing of it is taken in yet: the broker is where it was at the old file's end.
+                self._mark(self._file.path, 0)
             self.shadow.take(found, f"{self.name} {self._file.path.name}")
-            self._mark(self._file.path)
+            self._mark(self._file.path, self._file.position)
 
-    def _mark(self, path: Path) -> None:
+    def _mark(self, path: Path, position: int) -> None:
         now = time.monotonic()
-        self._marks.append(_Mark(now, path, self._file.position, self.shadow.save()))
-        while len(self._marks) > 1 and now - self._marks[0].at > _KEPT_S:
+        self._marks.append(_Mark(now, path, position, self.shadow.save()))
+        # The newest that are older stay: a quiet broker, too, can be sent back.
+        while len(self._marks) > 2 and now - self._marks[0].at > _KEPT_S:
             self._marks.popleft()
 
     def _go_back(self, mark: _Mark) -> None:

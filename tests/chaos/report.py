@@ -78,7 +78,7 @@ def facts(job_id: str, evidence: Evidence) -> dict[str, object]:
         "given_back": history.given_back,
         "delivered_again": sum(len(found) for found in history.deliveries.values()) - len(history.deliveries),
         "made_again_after_delivery": sum(
-            len({item.sha256 for item in found}) > 1 for found in history.deliveries.values()
+            len({item.digest for item in found}) > 1 for found in history.deliveries.values()
         ),
         "issued_again_after_a_lost_tail": sum(history.issued.values()) - len(history.issued),
         "train_steps": len(surviving(learner.records)),

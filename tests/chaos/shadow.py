@@ -33,7 +33,7 @@ class Delivery(NamedTuple):
     """A rollout that entered the stream."""
 
     attempt: int
-    sha256: str
+    digest: str
     site: str
 
 
@@ -93,6 +93,8 @@ class QueueShadow:
         self._standing: dict[str, str] = {}
         self._ended = ""
         self._touched = False
+        # What the counts were when they were deleted.
+        self._deleted: dict[str, int] = {}
 
     def go_back(self, now: Now) -> None:
         """The broker lost what came after it had been so; the history stays."""
@@ -115,6 +117,10 @@ class QueueShadow:
         if not self._touched:
             return
         self._touched = False
+        if self._deleted and not self.now.counts:
+            # Not made anew in the same act: the broker was told to forget a job that had ended.
+            self.now.counts = self._deleted
+        self._deleted = {}
         self.history.checks += 1
         wrong = self.now.unbalanced()
         if wrong and len(self.history.failures) < MAX_FAILURES:
@@ -162,7 +168,7 @@ class QueueShadow:
         elif verb == b"HSET":
             self.now.counts.update({name: int(value) for name, value in _fields(command[2:]).items()})
         elif verb in (b"DEL", b"UNLINK"):
-            self.now.counts.clear()
+            self._deleted, self.now.counts = self.now.counts, {}
 
     def _outcome(self, name: str, change: int) -> None:
         """The function that ends a ticket counts its outcome right after it deletes the ticket."""
@@ -175,9 +181,9 @@ class QueueShadow:
             self._ended = ""
 
     def _delivered(self, fields: dict[str, bytes]) -> None:
-        if "sha256" not in fields:
+        if "digest" not in fields:
             return
-        found = Delivery(int(fields["attempt"]), fields["sha256"].decode(), fields.get("site", b"home").decode())
+        found = Delivery(int(fields["attempt"]), fields["digest"].decode(), fields.get("site", b"home").decode())
         self.history.deliveries.setdefault(fields["key"].decode(), []).append(found)
 
 

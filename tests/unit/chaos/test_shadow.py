@@ -1,5 +1,6 @@
 """The test's own bookkeeping of a broker, against the real one: what Longshore's queue does, read from the file."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -80,11 +81,11 @@ async def test_a_broker_that_lost_its_tail_goes_back_and_the_history_stays(priva
     await bench.end(epoch, {"0.0": found.entry_id}, {"0.0": "trained"})
     queue = queue_of(tap, bench)
     private_broker.kill()
-    # Two marks: after the issue, and after all of it.
+    # Three marks: before all of it, after the issue, and after all of it.
     loss = tap.lose_tail(0.0)
     assert loss is not None
     assert loss.size == 0
-    tap._go_back(tap._marks[0])
+    tap._go_back(tap._marks[1])
     assert list(queue.now.tickets) == ["0.0"]
     assert queue.history.endings == {"0.0": ["trained"]}
     assert queue.now.counts["issued"] == 1
@@ -120,3 +121,29 @@ async def test_losing_the_tail_brings_the_broker_back_to_an_earlier_state(privat
 
 def test_an_empty_queue_balances():
     assert Now().unbalanced() == ""
+
+
+async def test_what_the_broker_counted_stays_when_it_forgets_a_job(bench, tap):
+    epoch = await bench.issued(1)
+    (claim,) = await bench.tickets.claim("actor-0", 1, 0)
+    await bench.rollouts.deliver(claim, b"rollout")
+    (found,) = await bench.rollouts.read(1, 0)
+    await bench.end(epoch, {"0.0": found.entry_id}, {"0.0": "trained"})
+    await broker.forget_job(bench.redis, bench.job)
+    counts = queue_of(tap, bench).now.counts
+    assert {name: number for name, number in counts.items() if number} == {"issued": 1, "state:trained@home": 1}
+
+
+async def test_a_file_that_the_server_rewrote_and_removed_is_read_to_its_end(private_broker, make_bench, connect, tap):
+    bench = make_bench(connect(private_broker.url))
+    await bench.issued(1)
+    tap.catch_up()
+    (claim,) = await bench.tickets.claim("actor-0", 1, 0)
+    first = tap._file.path
+    await bench.redis.bgrewriteaof()
+    async with asyncio.timeout(20):
+        while first.exists():
+            await asyncio.sleep(0.02)
+    await bench.rollouts.deliver(claim, b"rollout")
+    assert queue_of(tap, bench).history.attempts == 1
+    assert len(queue_of(tap, bench).history.deliveries["0.0"]) == 1
