@@ -342,6 +342,10 @@ async def test_a_site_whose_lease_ran_out_is_fenced(bridge: Bridge) -> None:
     await bridge.learn(3)
     for key, items in bridge.read.items():
         assert [item.payload for item in items] == [f"{key} {'home' if key in keys else 'west'}".encode()]
-    assert await bridge.metric("lost_total") >= 1
+
+    async def lost() -> bool:
+        return await bridge.metric("lost_total") >= 1
+
+    await bridge.until(lost, "the lost tickets to be counted")
     await bridge.checkpoint()
     await bridge.until_metric("spool_records", 0)

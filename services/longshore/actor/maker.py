@@ -51,7 +51,7 @@ class RolloutMaker:
         verdict = await self.verifier.verify(ticket, claim.attempt, transcript.score_request(ticket.task))
         rollout = self._rollout(claim, sampling, transcript, verdict, begun.started_at)
         self.count_tokens(rollout.num_sampled)
-        return Finished(rollout_to_bytes(rollout), awaiting_verdict=verdict is None)
+        return Finished(rollout_to_bytes(rollout, ticket.prompt_digest), awaiting_verdict=verdict is None)
 
     def _rollout(
         self, claim: Claim, sampling: Sampling, transcript: Transcript, verdict: Verdict | None, started_at: float

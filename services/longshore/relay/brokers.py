@@ -69,11 +69,12 @@ class HomeQueues:
         self, client: Redis, job: JobRef, site: str, *, max_attempts: int, lease_ms: int, blobs: Blobs | None
     ) -> None:
         self._redis = client
+        self._keys = JobKeys(job)
         self._leases = SiteLeases(client, job, site, max_attempts=max_attempts, lease_ms=lease_ms)
         self._rollouts = RolloutQueue(client, job, blobs=blobs, maker=site)
 
     async def incarnation(self) -> str:
-        return await broker.incarnation(self._redis)
+        return broker.text(await broker.call(self._redis, self._keys, "incarnation"))
 
     async def lease(self, count: int) -> list[Claim]:
         return await self._leases.lease(count)

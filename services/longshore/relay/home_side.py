@@ -27,15 +27,23 @@ log = structlog.get_logger()
 
 TICK_S = 0.1
 PAUSE_S = 0.5
-# How often home is asked what has become of work that we do not hold.
+# How often home is asked about work of ours on tickets that we do not hold.
 SETTLE_S = 1.0
+# How often it is asked whether what it has from us is durable there. Each question names every such ticket.
+FORGET_S = 15.0
 INCARNATION_CHECK_S = 1.0
-# Renewing also tells home what is spooled, and us what has ended there.
-RENEW_S = 5.0
+# How often home is told of what waits in the spool, and how often all leases are renewed, which also tells us what has
+# ended there. Both name every ticket in question.
+TELL_S = 5.0
+RENEW_S = 30.0
+# After home had fewer tickets than we wanted.
+LEASE_PAUSE_S = 0.5
 # While one batch is on the line, the next is read and packed.
 SENDERS = 2
 BATCH_COUNT = 128
 BATCH_BYTES = 4 * 1024 * 1024
+# A rollout that comes alone waits for company: each call costs the link some hundred bytes of its own.
+GATHER_S = 0.25
 
 
 class HomeBroker(Protocol):
@@ -60,6 +68,7 @@ class HomeSide:
         book: Book,
         allowance: int,
         renew_s: float = RENEW_S,
+        group_size: int = 1,
         on_forwarded: Callable[[str], None] = lambda outcome: None,
         on_leased: Callable[[int], None] = lambda number: None,
     ) -> None:
@@ -67,6 +76,10 @@ class HomeSide:
         self._book = book
         self._allowance = allowance
         self._renew_s = renew_s
+        # A group's tickets share their task, which crosses the link once where they are taken together.
+        self._at_once = min(group_size, max(1, allowance // 4))
+        # Keys that home knows to be spooled.
+        self._told: set[str] = set()
         self._on_forwarded = on_forwarded
         self._on_leased = on_leased
         self._incarnation = ""
@@ -98,7 +111,9 @@ class HomeSide:
         if self._due("incarnation", INCARNATION_CHECK_S) or not self._book.home_known:
             await self._agree()
         if self._due("renew", self._renew_s):
-            await self._renew()
+            await self._renew(list(self._book.held))
+        elif self._due("tell", TELL_S):
+            await self._renew([key for key in self._book.held if key in self._book.spool and key not in self._told])
         if self._due("settle", SETTLE_S):
             await self._settle()
         await self._take_more()
@@ -118,25 +133,30 @@ class HomeSide:
             self._book.home_known = True
             log.info("home broker reached", held=len(held), spooled=len(self._book.spool.keys()))
 
-    async def _renew(self) -> None:
-        claims = [(claim, key in self._book.spool) for key, claim in self._book.held.items()]
+    async def _renew(self, keys: Sequence[str]) -> None:
+        """Keeps the leases of these, and tells home which of them are spooled."""
+        book = self._book
+        claims = [(book.held[key], key in book.spool) for key in keys]
         if claims:
             for claim in await self._home.renew(claims):
                 # Handed in meanwhile, or really lost: the next round asks.
-                self._book.release(claim)
-        # Whoever had these may have let go of them.
-        self._take(await self._home.adopt(self._book.parked))
+                book.release(claim)
+        told = {claim.ticket.ref.key for claim, spooled in claims if spooled}
+        self._told = {key for key in self._told | told if key in book.held}
 
     async def _settle(self) -> None:
         """Finds out about work of ours on tickets that we do not hold: it is covered, ours after all, or lost."""
         book = self._book
-        unclaimed, parked = book.unclaimed, book.parked
+        # With a full spool, what may be forgotten is worth a question at once.
+        forgetting = self._due("forget", SETTLE_S if book.spool_full else FORGET_S)
+        unclaimed, parked = book.unclaimed, book.parked if forgetting else []
         if not unclaimed and not parked:
             return
         # Asked first: once home has reconciled, a ticket that it then does not give us is not ours.
         covered = await self._home.covered([*unclaimed, *parked])
         ended = covered or set()
-        adopted = await self._home.adopt([key for key in unclaimed if key not in ended])
+        # Whoever had those that are parked may have let go of them.
+        adopted = await self._home.adopt([key for key in (*unclaimed, *parked) if key not in ended])
         self._take(adopted)
         if covered is not None:
             book.judge(unclaimed)
@@ -144,8 +164,13 @@ class HomeSide:
 
     async def _take_more(self) -> None:
         wanted = self._allowance - len(self._book.held)
-        if wanted > 0 and self._book.site_known and not self._book.spool_full:
-            self._take(await self._home.lease(wanted))
+        if wanted < self._at_once or not self._book.site_known or self._book.spool_full:
+            return
+        if self._due("lease", 0.0):
+            claims = await self._home.lease(wanted)
+            self._take(claims)
+            if len(claims) < wanted:
+                self._due_in("lease", LEASE_PAUSE_S)
 
     def _take(self, claims: Sequence[Claim]) -> None:
         self._book.take(claims)
@@ -164,6 +189,7 @@ class HomeSide:
             self._book.ready.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._book.ready.wait(), PAUSE_S)
+                await wait_or_stop(stop, GATHER_S)
 
     async def hand_in_some(self) -> int:
         """Hands in one batch of what is spooled and held. Returns its size. Raises Unavailable."""
@@ -243,3 +269,6 @@ class HomeSide:
             return False
         self._next[what] = now + every_s
         return True
+
+    def _due_in(self, what: str, seconds: float) -> None:
+        self._next[what] = time.monotonic() + seconds

@@ -60,7 +60,8 @@ async def serve(settings: RelaySettings, stop: asyncio.Event) -> None:
             ),
             book,
             settings.allowance,
-            min(RENEW_S, settings.site_lease_s / 3),
+            min(RENEW_S, settings.site_lease_s / 10),
+            job.spec.train.group_size,
             lambda outcome: metrics.FORWARDED.labels(*labels, outcome).inc(),
             metrics.LEASED.labels(*labels).inc,
         )

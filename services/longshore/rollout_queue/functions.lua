@@ -488,6 +488,45 @@ local function lease_one(job, ticket, site, nonce, tries)
   return {entry, ticket.attempt + 1, fields}
 end
 
+-- How many bytes both begin with, or end with; at most `limit`.
+local function shared(one, other, limit, at_end)
+  local low, high = 0, math.min(#one, #other, limit)
+  while low < high do
+    local middle = math.ceil((low + high) / 2)
+    local from, to = 1, middle
+    if at_end then
+      from, to = -middle, -1
+    end
+    if string.sub(one, from, to) == string.sub(other, from, to) then
+      low = middle
+    else
+      high = middle - 1
+    end
+  end
+  return low
+end
+
+-- The tickets of a group are nearly the same: of each but the first only what differs from the one before is sent.
+-- Returns {entry, attempt, key, bytes of the payload before that this one begins with, and ends with, the rest} of each.
+local function packed(leases)
+  local before = ''
+  for i, lease in ipairs(leases) do
+    local key, payload
+    for j = 1, #lease[3], 2 do
+      if lease[3][j] == 'key' then
+        key = lease[3][j + 1]
+      elseif lease[3][j] == 'payload' then
+        payload = lease[3][j + 1]
+      end
+    end
+    local head = shared(payload, before, #payload, false)
+    local tail = shared(payload, before, math.min(#payload, #before) - head, true)
+    leases[i] = {lease[1], lease[2], key, head, tail, string.sub(payload, head + 1, #payload - tail)}
+    before = payload
+  end
+  return leases
+end
+
 local function lease_queued(job, site, nonce, limit, max_attempts, leases)
   local found = redis.call('XREADGROUP', 'GROUP', ACTORS, site, 'COUNT', limit, 'STREAMS', job.tickets, '>')
   for _, item in ipairs(found and found[1][2] or {}) do
@@ -516,7 +555,7 @@ local function lease_expired(job, site, nonce, limit, max_attempts, lease_ms, le
   end
 end
 
--- ARGV: .., holder site, nonce, limit, max_attempts, lease in ms. Returns {entry, attempt, fields} of each.
+-- ARGV: .., holder site, nonce, limit, max_attempts, lease in ms. Returns them packed.
 -- Another site's lease that ran out is taken over only when nothing is queued: it may still come back with its work.
 local function lease(job, args)
   local leases = {}
@@ -524,7 +563,7 @@ local function lease(job, args)
   if #leases == 0 then
     lease_expired(job, args[2], args[3], args[4], tonumber(args[5]), args[6], leases)
   end
-  return leases
+  return packed(leases)
 end
 
 -- ARGV: .., holder site, nonce, keys. Leases those that are queued, without counting a try. Returns as `lease`.
@@ -536,7 +575,7 @@ local function adopt(job, args)
       leases[#leases + 1] = lease_one(job, ticket, args[2], args[3], ticket.tries)
     end
   end
-  return leases
+  return packed(leases)
 end
 
 -- ARGV: .., holder site, then (key, attempt, entry, 'running' | 'spooled') of each. Returns 1 for each held, else 0.
@@ -575,7 +614,8 @@ end
 
 -- -- after a broker lost its tail -------------------------------------------------------------------------------------
 
--- Changes with every restart of this server, which may have lost the last writes.
+-- Changes with every restart of this server, which may have lost the last writes. INFO tells it too, on a page of other
+-- things, which is a lot for a link between sites.
 local function incarnation()
   return string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 end
@@ -667,5 +707,6 @@ register('lease', lease, {'allow-oom'})
 register('adopt', adopt, {'allow-oom'})
 register('renew_site', renew_site, {'allow-oom'})
 register('expire', expire, {'allow-oom'})
+register('incarnation', incarnation, {'allow-oom'})
 register('covered', covered, {'allow-oom'})
 register('reconcile', reconcile, {'allow-oom'})

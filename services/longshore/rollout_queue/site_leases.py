@@ -100,8 +100,11 @@ class SiteLeases:
 
     async def _claims(self, found: list[Any]) -> list[Claim]:
         claims = []
-        for entry_id, attempt, flat in found:
-            fields = dict(zip(flat[::2], flat[1::2], strict=True))
+        payload = b""
+        for entry_id, attempt, key, head, tail, rest in found:
+            # What it has in common with the one before was not sent again.
+            payload = payload[:head] + rest + payload[len(payload) - tail :]
+            fields = {b"key": key, b"payload": payload}
             claim = await decode_claim(self._redis, self._keys, entry_id.decode(), fields, attempt)
             if claim is not None:
                 claims.append(claim)

@@ -1,7 +1,6 @@
 """Token ids and log-probs as packed bytes, for a link that is paid by the byte (rollout.proto tells the format).
 
-What is alike lies together: the exponents of log-probs pack well among themselves and badly between mantissas, which
-do not pack at all. Whole columns are handled as one long integer, so that no loop over tokens runs in Python.
+What is alike lies together: most log-probs are near 0, so their upper bytes pack well among themselves.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ ABOVE_ZERO = 1e-4
 _DIGEST_BYTES = 16
 # A uint32 is at most five bytes long; the column's own header at most six.
 _ID_BYTES, _HEADER_BYTES = 5, 6
-# Of a float32: all but its sign; the sign; half of the last bit that is kept.
-_MAGNITUDE, _SIGN, _HALF = b"\x7f\xff\xff\xff", b"\x80\x00\x00\x00", b"\x00\x00\x00\x40"
-_NO_LOGPROB = 255
+# Log-probs travel as multiples of a step, in 24 bits: the largest number is no log-prob, the one before the lowest one.
+_STEPS, _NO_LOGPROB = 2.0**15, 2**24 - 1
+_STEP, _MOST = 1 / _STEPS, _NO_LOGPROB - 1
+LOWEST = -_MOST * _STEP
 
 
 def pack_token_ids(token_ids: Sequence[int]) -> bytes:
@@ -49,35 +49,37 @@ def unpack_token_ids(data: bytes, count: int) -> tuple[int, ...]:
 
 
 def pack_logprobs(logprobs: Sequence[float]) -> bytes:
-    """Packs log-probs, rounded to 16 bits of mantissa; packing what was unpacked gives the same bytes.
+    """Packs log-probs, rounded to multiples of 2^-15; packing what was unpacked gives the same bytes.
 
-    What is no log-prob (NaN, infinite, above 0) is packed too, as a mark that `unpack_logprobs` refuses: whoever reads
-    a rollout judges it.
+    What counts is the error of a ratio of probabilities, which is that of a difference of log-probs: an absolute one,
+    of at most 2^-16. One below LOWEST, which nobody draws, becomes LOWEST. What is no log-prob (NaN, infinite, above 0)
+    is packed too, as a mark that `unpack_logprobs` refuses: whoever reads a rollout judges it.
     """
-    count = len(logprobs)
-    if count and (max(logprobs) > 0 or not math.isfinite(sum(logprobs))):
-        logprobs = [_marked(value) for value in logprobs]
-    bits = _as_integer(array("f", logprobs)) & _repeated(_MAGNITUDE, count)
-    # Neither step reaches into the next number: the sign's place is empty, and takes the carry and the shift.
-    rounded = ((bits + _repeated(_HALF, count)) << 1).to_bytes(4 * count + 1, "big")[1:]
-    return rounded[1::4] + rounded[2::4] + compress(rounded[0::4])
+    try:
+        steps = array("I", [int(0.5 - value * _STEPS) for value in logprobs])
+        ordinary = not logprobs or max(steps) <= _MOST
+    except (ValueError, OverflowError):
+        ordinary = False
+    if not ordinary:
+        steps = array("I", map(_num_steps, logprobs))
+    planes = _swapped(steps).tobytes()
+    return compress(planes[1::4] + planes[2::4] + planes[3::4])
 
 
 def unpack_logprobs(data: bytes, count: int) -> tuple[float, ...]:
     """`count` log-probs. Raises Rejected `logprobs` for another number of them, or for what is no log-prob."""
     try:
-        exponents = decompress(data[2 * count :], count)
+        found = decompress(data, 3 * count)
     except (IntegrityError, Rejected) as error:
         raise Rejected("logprobs", f"not {count} packed log-probs: {error}") from None
-    if len(exponents) != count:
-        raise Rejected("logprobs", f"{len(exponents)} packed log-probs for {count} sampled tokens")
-    if _NO_LOGPROB in exponents:
-        raise Rejected("logprobs", "log-probs must be finite and not above 0")
+    if len(found) != 3 * count:
+        raise Rejected("logprobs", f"{len(found)} bytes of packed log-probs for {count} sampled tokens")
     planes = bytearray(4 * count)
-    planes[0::4], planes[1::4], planes[2::4] = exponents, data[:count], data[count : 2 * count]
-    bits = (int.from_bytes(planes, "big") >> 1) | _repeated(_SIGN, count)
-    values = array("f", bits.to_bytes(4 * count, "big"))
-    return tuple(_swapped(values))
+    planes[1::4], planes[2::4], planes[3::4] = found[:count], found[count : 2 * count], found[2 * count :]
+    steps = _swapped(array("I", bytes(planes)))
+    if count and max(steps) > _MOST:
+        raise Rejected("logprobs", "log-probs must be finite and not above 0")
+    return tuple([step * -_STEP for step in steps])
 
 
 def prompt_digest(token_ids: Sequence[int]) -> bytes:
@@ -85,19 +87,11 @@ def prompt_digest(token_ids: Sequence[int]) -> bytes:
     return hashlib.sha256(_swapped(array("I", token_ids))).digest()[:_DIGEST_BYTES]
 
 
-def _marked(value: float) -> float:
-    """The value as it travels. Of the many NaNs, the one that is left stays a NaN when it is rounded."""
-    if not -math.inf < value <= ABOVE_ZERO:
-        return math.nan
-    return min(value, 0.0)
-
-
-def _as_integer(values: array[float]) -> int:
-    return int.from_bytes(_swapped(values), "big")
-
-
-def _repeated(pattern: bytes, count: int) -> int:
-    return int.from_bytes(pattern * count, "big")
+def _num_steps(logprob: float) -> int:
+    """For whatever there may be in place of a log-prob."""
+    if not -math.inf < logprob <= ABOVE_ZERO:
+        return _NO_LOGPROB
+    return int(0.5 - max(min(logprob, 0.0), LOWEST) * _STEPS)
 
 
 def _swapped(values: array[Number]) -> array[Number]:

@@ -27,7 +27,7 @@ from longshore.types import JobRef, Message, Purpose, Sampling, Task, Ticket, Ti
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(site_side, "READ_MS", 0)
     monkeypatch.setattr(site_side, "INCARNATION_CHECK_S", 0.0)
-    for name in ("SETTLE_S", "INCARNATION_CHECK_S"):
+    for name in ("SETTLE_S", "FORGET_S", "TELL_S", "LEASE_PAUSE_S", "INCARNATION_CHECK_S"):
         monkeypatch.setattr(home_side, name, 0.0)
 
 

@@ -205,10 +205,10 @@ class Segment(_message.Message):
     packed_token_ids: _builtins.bytes
     """In place of token_ids: a zstd frame, with its content size, of a serialised TokenIds."""
     packed_logprobs: _builtins.bytes
-    """In place of the sampled spans' logprobs: those of all of them, in order, n in number. Each is the negative of a
-    float32 that is rounded to 16 bits of mantissa (relative error at most 2^-17): first n bytes with the upper half of
-    each mantissa, then n with the lower, then a zstd frame, with its content size, of n biased exponents.
-    An exponent of 255 stands for what is no log-prob, and is refused.
+    """In place of the sampled spans' logprobs: those of all of them, in order, n in number, each as a number of 24 bits
+    that is to be multiplied by -2^-15 (absolute error at most 2^-16; below -511.9999 all are the same). A zstd frame,
+    with its content size, of n upper bytes, then n middle, then n lower ones. 2^24 - 1 stands for what is no log-prob,
+    and is refused.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
