@@ -35,6 +35,11 @@ BLOCK_MS = 1000
 # Rollouts end in bursts; a claim for several costs as much as one for one.
 _GATHER_S = 0.005
 _GIVE_BACK_S = 5.0
+# In lease times. A lease is renewed every third of its time: one that has not been for this long will not be, so its
+# ticket goes on elsewhere before the lease is over. An attempt that is alive after all is fenced.
+_LAPSED = 5 / 6
+# How often lapsed leases are looked for.
+_LOOK = 1 / 8
 _ROOM_S = 0.25
 
 log = structlog.get_logger()
@@ -138,13 +143,14 @@ class Runner:
             raise
 
     async def _claim(self, free: int) -> list[Claim]:
-        """Expired leases first, once in half a lease time; else tickets from the queue."""
+        """Expired leases first, looked for now and then; else tickets from the queue."""
         now = time.monotonic()
         if now >= self._next_take_over:
             # After the broker was away our own leases may look expired: not to be taken from ourselves.
             await self._renew()
-            claims = await self._tickets.take_over(self._actor, free, int(self._limits.lease_s * 1000))
-            self._next_take_over = now + self._limits.lease_s / 2
+            claims = await self._tickets.take_over(self._actor, free, int(self._limits.lease_s * _LAPSED * 1000))
+            # More may be waiting than there were places.
+            self._next_take_over = now if len(claims) == free else now + self._limits.lease_s * _LOOK
             if claims:
                 log.info("took over", tickets=len(claims))
                 return claims
