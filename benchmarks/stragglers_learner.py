@@ -73,10 +73,12 @@ class _Publisher(Publisher):
         self._file = version_file
         self._batch = batch
         self._watch = watch
+        self._taken = 0
 
     async def publish(self, policy: torch.nn.Module, version: int, lineage: Lineage) -> int:
         write_version(self._file, version)
         self._watch.consume(self._batch)
+        self._taken = version
         return version
 
     async def wait(self) -> None: ...
