@@ -306,3 +306,25 @@ async def test_late_verdicts_are_trained_on_and_survive_a_kill(make_bench):
     assert counts.states["trained"] == summary["rollouts_trained"]
     newest = max((bench.run_dir / "learner" / "checkpoints").glob("checkpoint_*"))
     assert int(newest.name.rpartition("_")[2]) > 3
+
+
+async def test_rollouts_of_versions_after_the_checkpoint_are_as_good_as_ever(make_bench):
+    steps = 18
+    bench = make_bench("ahead", steps=steps, checkpoint_every=10)
+
+    def newest() -> int:
+        path = bench.run_dir / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    bench.site.version = newest
+    async with bench.running():
+        # Behind the checkpoint of step 10, before that of step 20.
+        await bench.until_step(14)
+        bench.learner.kill()
+        # What is out is answered by a version that the next incarnation did not make itself.
+        await asyncio.sleep(0.5)
+        bench.learner.start()
+        summary = await bench.finished()
+    assert "rejected" not in summary["rollouts_accounted"]
+    assert summary["policy_version"] == steps
+    assert summary["staleness_max"] <= 3

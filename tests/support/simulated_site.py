@@ -49,6 +49,8 @@ class SimulatedSite:
         self.refusing = False
         # Whose rollouts go home without a verdict, which follows after this many further tickets; None: nobody's.
         self.judged_later: Callable[[TicketRef], int | None] = lambda ref: None
+        # The policy version that rollouts for training say they were made by.
+        self.version: Callable[[], int] = lambda: 0
         self._answered = 0
         # (when, key), soonest first.
         self._unjudged: list[tuple[int, str]] = []
@@ -72,7 +74,7 @@ class SimulatedSite:
             await self._tickets.reject(claim, "verifier_failed", "it always fails")
             return
         delay = self.judged_later(claim.ticket.ref)
-        rollout = make_rollout(claim)
+        rollout = make_rollout(claim, self.version())
         if delay is not None:
             rollout = replace(rollout, verdicts=())
         with contextlib.suppress(Fenced):
@@ -94,12 +96,13 @@ class SimulatedSite:
         await self._client.aclose()
 
 
-def make_rollout(claim: Claim) -> Rollout:
+def make_rollout(claim: Claim, version: int = 0) -> Rollout:
     """Two to five letters and an end; the reward is a hash of the ticket's key, so most groups have signal."""
     ticket = claim.ticket
     number = _number(ticket.ref.key)
     reply = (*(10 + (number >> shift) % 20 for shift in range(number % 4 + 2)), EOS)
-    version = ticket.version.min_version if ticket.version and ticket.version.min_version is not None else 0
+    if ticket.version and ticket.version.min_version is not None:
+        version = ticket.version.min_version
     span = SampledSpan(version, tuple(-1.0 - (number >> i) % 7 / 10 for i in range(len(reply))))
     prompt = (8, 9, 10 + ticket.ref.group_id % 20, 2)
     return Rollout(
