@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import signal
 import socket
@@ -157,16 +158,17 @@ class QueueBench:
 
     async def live(self) -> int:
         """Tickets that are not final."""
-        return int(await self.redis.scard(self.keys.active))
+        return int(await self.redis.hlen(self.keys.live))
 
     async def states(self) -> dict[str, int]:
         """Non-zero counts, after checking the ledger's equation and that the broker holds what they say."""
         counts = await self.ledger.counts()
         assert counts.balanced, counts
         live = {state: counts.states[state] for state in LIVE_STATES}
-        assert await self.redis.scard(self.keys.active) == sum(live.values())
-        names = [name async for name in self.redis.scan_iter(match=f"{self.keys.ticket_prefix}*", count=1000)]
-        assert len([name for name in names if not name.endswith(b":journal")]) == sum(live.values())
+        lines = await self.redis.hvals(self.keys.live)
+        held = collections.Counter(line.split()[0].decode() for line in lines)
+        assert {state: held[state] for state in live} == live
+        assert held.total() == sum(live.values())
         entries = await self.redis.xlen(self.keys.tickets) + await self.redis.xlen(self.keys.leased)
         assert entries == live["queued"] + live["running"] + live["spooled"]
         return {state: number for state, number in counts.states.items() if number}

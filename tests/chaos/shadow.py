@@ -14,19 +14,20 @@ from typing import NamedTuple
 
 from chaos.aof import Command, Transaction
 
-LIVE = frozenset({"queued", "running", "spooled", "awaiting_verdict", "delivered"})
+AT_WORK = frozenset({"queued", "running", "spooled"})
+LIVE = AT_WORK | frozenset({"awaiting_verdict", "delivered"})
 MAX_FAILURES = 20
 _KEY = re.compile(rb"ls:\{([^}]*)\}:([a-z0-9-]+):(.+)", re.DOTALL)
 _COUNT = re.compile(r"state:(.+)@(.+)")
 
 
 class TicketView(NamedTuple):
-    """What a ticket's hash says."""
+    """What the broker's line of a ticket says; `nonce` tells its attempts apart, "" when the line names none."""
 
-    state: str = ""
-    attempt: int = 0
-    site: str = ""
-    holder: str = ""
+    state: str
+    attempt: int
+    site: str
+    nonce: str
 
 
 class Delivery(NamedTuple):
@@ -91,7 +92,8 @@ class QueueShadow:
         self.now = Now()
         # Endings that the broker still knows of, in order: key -> outcome.
         self._standing: dict[str, str] = {}
-        self._ended = ""
+        # Tickets that were deleted and whose outcome has not been told yet.
+        self._ended: list[str] = []
         self._touched = False
         # What the counts were when they were deleted.
         self._deleted: dict[str, int] = {}
@@ -105,8 +107,8 @@ class QueueShadow:
     def take(self, name: bytes, command: Command) -> None:
         """One command on the key that the queue calls `name`."""
         verb = command[0].upper()
-        if name.startswith(b"t:") and not name.endswith(b":journal"):
-            self._ticket(name[2:].decode(), verb, command)
+        if name == b"live":
+            self._tickets(verb, command)
         elif name == b"counts":
             self._counts(verb, command)
         elif name == b"rollouts" and verb == b"XADD":
@@ -126,24 +128,29 @@ class QueueShadow:
         if wrong and len(self.history.failures) < MAX_FAILURES:
             self.history.failures.append(f"{where}: {wrong}")
 
-    def _ticket(self, key: str, verb: bytes, command: Command) -> None:
+    def _tickets(self, verb: bytes, command: Command) -> None:
         if verb == b"HSET":
-            old = self.now.tickets.get(key)
-            fields = _fields(command[2:])
-            new = _view(old or TicketView(), fields)
-            self._observe(key, old, new, fields)
-            self._replace(key, old, new)
-        elif verb in (b"DEL", b"UNLINK") and key in self.now.tickets:
-            self._replace(key, self.now.tickets[key], None)
-            self._ended = key
+            for key, line in _fields(command[2:]).items():
+                old, new = self.now.tickets.get(key), _view(line)
+                self._observe(key, old, new)
+                self._replace(key, old, new)
+        elif verb == b"HDEL":
+            self._ended = [key.decode() for key in command[2:] if key.decode() in self.now.tickets]
+            self._drop(self._ended)
+        elif verb in (b"DEL", b"UNLINK"):
+            self._drop(list(self.now.tickets))
 
-    def _observe(self, key: str, old: TicketView | None, new: TicketView, fields: dict[str, bytes]) -> None:
+    def _drop(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._replace(key, self.now.tickets[key], None)
+
+    def _observe(self, key: str, old: TicketView | None, new: TicketView) -> None:
         if old is None:
             self.history.issued[key] += 1
             # A rejected rollout ends its ticket at once; a learner that forgot that with its last seconds asks again.
             if self._standing.get(key, "rejected") != "rejected":
                 self.history.issued_after_end.append(key)
-        elif "nonce" in fields:
+        elif new.nonce not in ("", old.nonce):
             self.history.attempts += 1
             self.history.take_overs += old.state == "running"
         elif old.state == "running" and new.state == "queued":
@@ -171,20 +178,21 @@ class QueueShadow:
             self._deleted, self.now.counts = self.now.counts, {}
 
     def _outcome(self, name: str, change: int) -> None:
-        """The function that ends a ticket counts its outcome right after it deletes the ticket."""
+        """The function that ends tickets counts their outcome right after it deletes them."""
         found = _COUNT.fullmatch(name)
-        if found and change == 1 and self._ended and found[1] not in LIVE:
-            self.history.endings.setdefault(self._ended, []).append(found[1])
-            self._standing.pop(self._ended, None)
-            self._standing[self._ended] = found[1]
+        if found and self._ended and change == len(self._ended) and found[1] not in LIVE:
+            for key in self._ended:
+                self.history.endings.setdefault(key, []).append(found[1])
+                self._standing.pop(key, None)
+                self._standing[key] = found[1]
             self.now.num_ended = len(self._standing)
-            self._ended = ""
+            self._ended = []
 
     def _delivered(self, fields: dict[str, bytes]) -> None:
-        if "digest" not in fields:
+        if "rollout" not in fields:
             return
-        found = Delivery(int(fields["attempt"]), fields["digest"].decode(), fields.get("site", b"home").decode())
-        self.history.deliveries.setdefault(fields["key"].decode(), []).append(found)
+        _schema, key, attempt, site, _awaiting, _codec, digest = fields["rollout"].decode().split(" ")
+        self.history.deliveries.setdefault(key, []).append(Delivery(int(attempt), digest, site))
 
 
 class BrokerShadow:
@@ -233,12 +241,11 @@ def _fields(parts: Sequence[bytes]) -> dict[str, bytes]:
     return {name.decode(): value for name, value in zip(parts[::2], parts[1::2], strict=True)}
 
 
-def _view(old: TicketView, fields: dict[str, bytes]) -> TicketView:
-    def text(name: str, before: str) -> str:
-        return fields[name].decode() if name in fields else before
-
-    attempt = int(fields.get("attempt", old.attempt))
-    return TicketView(text("state", old.state), attempt, text("site", old.site), text("holder", old.holder))
+def _view(line: bytes) -> TicketView:
+    """A line of one of the two shapes that functions.lua tells; that of a delivered ticket has no nonce."""
+    state, attempt, site, *words = line.decode().split(" ")
+    nonce = words[3].strip("-") if state in AT_WORK else ""
+    return TicketView(state, int(attempt), site, nonce)
 
 
 def _first_field(command: Command) -> int:

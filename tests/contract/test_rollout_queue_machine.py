@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from longshore.errors import Fenced, Rejected
-from longshore.rollout_queue import broker, site_leases
+from longshore.rollout_queue import broker, heads, site_leases
 from longshore.rollout_queue.journal import Journal
 from longshore.rollout_queue.rollouts import Delivery, End
 from longshore.rollout_queue.site_leases import SiteLeases
@@ -366,7 +366,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert len(self.seen) == len(set(self.seen))
         assert all(model.history.count("delivered") <= 1 for model in self.models.values())
         entries = self.run(self.client.xrange(self.bench.keys.rollouts))
-        waiting = [fields[b"key"].decode() for _, fields in entries if b"payload" in fields]
+        waiting = [heads.read(fields[b"rollout"]).key for _, fields in entries if b"payload" in fields]
         assert sorted(waiting) == sorted(key for key, model in self.models.items() if model.state == "delivered")
 
 

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from longshore.errors import Fenced, Rejected
-from longshore.rollout_queue import payload, rollouts
+from longshore.rollout_queue import heads, payload, rollouts
 from longshore.rollout_queue.rollouts import End, RolloutQueue
 
 
@@ -69,7 +69,7 @@ async def test_payloads_of_every_size_arrive_whole(bench, size, kind):
     await bench.rollouts.deliver(claim, sent)
     ((_, fields),) = await bench.redis.xrange(bench.keys.rollouts)
     packed = kind == "regular" and size > 1000
-    assert fields[b"codec"] == (b"zstd" if packed else b"plain")
+    assert heads.read(fields[b"rollout"]).codec == ("zstd" if packed else "plain")
     assert len(fields[b"payload"]) < max(1, size // 10) if packed else fields[b"payload"] == sent
     assert (await bench.rollouts.read(1, 0))[0].payload == sent
 
@@ -204,10 +204,12 @@ async def test_a_payload_that_did_not_survive_its_way_is_handed_on_empty(bench, 
     epoch = await deliver_all(bench, 1)
     ((entry, fields),) = await bench.redis.xrange(bench.keys.rollouts)
     await bench.redis.xdel(bench.keys.rollouts, entry)
-    changed = await bench.redis.xadd(
-        bench.keys.rollouts, fields | {key.encode(): value for key, value in change.items()}
-    )
-    await bench.redis.hset(f"{bench.keys.ticket_prefix}0.0", "rollout", changed)
+    data = change.get("payload", fields[b"payload"])
+    head = heads.read(fields[b"rollout"])._asdict() | change
+    words = [head[name] for name in ("schema", "key", "attempt", "site", "awaiting", "codec", "digest")]
+    changed = await bench.redis.xadd(bench.keys.rollouts, {"rollout": " ".join(words), "payload": data})
+    line = await bench.redis.hget(bench.keys.live, "0.0")
+    await bench.redis.hset(bench.keys.live, "0.0", line.replace(entry, changed))
     (delivery,) = await bench.rollouts.read(8, 0)
     assert (delivery.ticket_key, delivery.payload, delivery.final_reason) == ("0.0", b"", None)
     await bench.rollouts.dead_letter(epoch, delivery, "malformed", "")
@@ -217,7 +219,7 @@ async def test_a_payload_that_did_not_survive_its_way_is_handed_on_empty(bench, 
 async def test_an_entry_that_nobody_delivered_is_set_aside_and_its_ticket_goes_on(bench):
     epoch = await bench.issued(1)
     (claim,) = await bench.tickets.claim("actor-0", 1, 0)
-    forged = {"schema": "1", "codec": "plain", "digest": "00", "key": "0.0", "attempt": "1", "payload": b"forged"}
+    forged = {"rollout": "1 0.0 1 home 0 plain 00", "payload": b"forged"}
     await bench.redis.xadd(bench.keys.rollouts, forged)
     (delivery,) = await bench.rollouts.read(8, 0)
     assert await bench.rollouts.dead_letter(epoch, delivery, "malformed", "") is False

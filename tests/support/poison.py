@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import zstandard
 
 from longshore.proto.v1 import rollout_pb2, sampling_pb2, ticket_pb2, verdict_pb2
-from longshore.rollout_queue import payload
+from longshore.rollout_queue import heads, payload
 from longshore.rpc import convert, token_columns
 from longshore.types import Ticket
 
@@ -89,20 +89,13 @@ def honest(ticket: Ticket) -> bytes:
 
 
 def entry_of(ticket: Ticket, body: bytes, **changes: bytes | str | None) -> Entry:
-    """A stream entry as `deliver` writes it, with some fields changed, or left out (None)."""
+    """A stream entry as `deliver` writes it, with its payload or some words of its head changed, or left out (None)."""
     packed = payload.encode(body)
-    fields: dict[str, bytes | str | int | None] = {
-        "schema": "1",
-        "codec": packed.codec,
-        "digest": packed.digest,
-        "key": ticket.ref.key,
-        "attempt": "1",
-        "site": "home",
-        "awaiting": "0",
-        "payload": packed.data,
-        **changes,
-    }
-    return {name: value for name, value in fields.items() if value is not None}
+    words: dict[str, bytes | str | None] = {"schema": "1", "key": ticket.ref.key, "attempt": "1", "site": "home"}
+    words |= {"awaiting": "0", "codec": packed.codec, "digest": packed.digest, "payload": packed.data, **changes}
+    data = words.pop("payload")
+    head = " ".join(str(word or "") for word in words.values())
+    return {"rollout": head} if data is None else {"rollout": head, "payload": data}
 
 
 # -- rollouts that are wrong inside ----------------------------------------------------------------------------------
@@ -361,6 +354,11 @@ OUTSIDE = [
     Kind("an entry of another schema", _outside(schema="9"), "unreadable", deliverable=False),
     Kind("an entry without payload", _outside(payload=None), "unreadable", deliverable=False),
     Kind("an entry without codec", _outside(codec=None), "unreadable", deliverable=False),
+    Kind("an entry torn in its head", lambda t: {"rollout": f"1 {t.ref.key} 1 ho"}, "unreadable", deliverable=False),
+    Kind("an entry with two attempts", _keyed(lambda t: f"{t.ref.key} 1"), "unreadable", deliverable=False),
+    Kind("an entry without a head", lambda t: {"rollout": "", "payload": honest(t)}, "unknown_ticket", deliverable=False),
+    Kind("an entry whose head is noise", lambda t: {"rollout": b"\xff \x00" * 3}, "unknown_ticket", deliverable=False),
+    Kind("a payload alone", _bare(payload=b"x"), "unreadable", deliverable=False),
     Kind("a bomb", _bomb(BOMB_BYTES, declared=True), "unreadable", deliverable=False),
     Kind("a bomb that hides its size", _bomb(BOMB_BYTES, declared=False), "unreadable", deliverable=False),
     Kind("a frame that declares terabytes", _declares_terabytes, "unreadable", deliverable=False),
@@ -390,6 +388,6 @@ def deliverable(kinds: Iterable[Kind] = KINDS) -> list[Kind]:
 def body_of(kind: Kind, ticket: Ticket) -> bytes:
     """The rollout inside a deliverable kind's entry."""
     fields = kind.make(ticket)
-    data, codec, digest = fields["payload"], fields["codec"], fields["digest"]
+    data, head = fields["payload"], heads.read(str(fields["rollout"]).encode())
     assert isinstance(data, bytes)
-    return payload.decode(payload.Packed(str(codec), data, str(digest)))
+    return payload.decode(payload.Packed(head.codec, data, head.digest))

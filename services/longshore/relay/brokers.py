@@ -40,7 +40,7 @@ class SiteQueues:
     async def live(self) -> set[str]:
         """Keys of the tickets that have not ended at this broker."""
         with broker.reaching():
-            found = await self._redis.smembers(self._keys.active)
+            found = await self._redis.hkeys(self._keys.live)
         return {broker.text(key) for key in found}
 
     async def issue(self, epoch: int, tickets: Sequence[Ticket]) -> int:

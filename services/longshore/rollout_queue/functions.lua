@@ -6,36 +6,47 @@
 -- KEYS of every function: the tickets stream; the other names differ from it in their last word, so that all of them
 -- live in the same slot, and are not sent with each call. ARGV[1]: the site whose queue this is.
 --
--- A ticket's hash exists exactly while the ticket is not final:
---   state     queued | running | spooled | awaiting_verdict | delivered
+-- What the broker knows of the tickets that are not final is one hash, 'live': by a ticket's key a line of words,
+--   <state> <attempt> <site> <tries> <entry> <journal> <nonce> <holder>         queued | running | spooled
+--   <state> <attempt> <site> <rollout> <digest> <bytes> <verdict>               awaiting_verdict | delivered
+-- where a word that there is none of is '-':
 --   attempt   fencing number: grows with every start, and never goes back
+--   site      who has it: this site, or the one that leased it, or the one that made its rollout
 --   tries     attempts that count against the limit: a drained one does not
---   site      who has it: this site, or the one that leased it
 --   entry     its entry in the tickets stream, or in the leased stream while another site has it
---   holder    the actor or the site of the newest attempt
+--   journal   bytes of its journal, a list of finished turns in a key of its own, 't:<key>:journal'
 --   nonce     the call that made the newest attempt, so that a repeated call is not a second attempt
---   rollout, digest, bytes   its entry in the rollouts stream, the payload's digest and size, once delivered
+--   holder    the actor or the site of the newest attempt; for people
+--   rollout, digest, bytes   its entry in the rollouts stream, the payload's digest and size
 --   verdict   entry of a verdict that came after its rollout
---   journal   bytes of its journal, a list of finished turns under the hash's name and ':journal'
+--
+-- One hash, and one line each, because a call costs by the number of arguments of its commands: those of all tickets of
+-- a call are read by one command, and written by one. An entry of a rollout has two fields for the same reason:
+--   rollout   <schema> <key> <attempt> <site> <awaiting> <codec> <digest>, awaiting its verdict: 1 or 0
+--   payload
 
 local ACTORS = 'actors'
 local SITES = 'sites'
 local LEARNER = 'learner'
+local SCHEMA = '1'
 local MAX_DEAD_LETTERS = '1000'
 -- A larger payload is left out of its dead letter; 1000 of them must not fill the broker.
 local MAX_DEAD_PAYLOAD = 256 * 1024
 
+local AT_WORK = {queued = true, running = true, spooled = true}
+local AT_LEARNER = {awaiting_verdict = true, delivered = true}
+
 -- Commands that can take many arguments at once; Lua's unpack takes no more than some thousand.
 local MOST_ARGUMENTS = 1000
 
--- What a function changes in the counts, and what it takes out of streams and of the active set, is put down here and
--- done at its end: once a call, not once a ticket.
+-- What a function changes in tickets and counts, and what it takes out of streams, is put down here and done at its
+-- end: once a call, not once a ticket.
 local function open_job(keys, args)
   local base = string.match(keys[1], '^(.*)tickets$')
   return {
-    tickets = keys[1], leased = base .. 'leased', rollouts = base .. 'rollouts', active = base .. 'active',
+    tickets = keys[1], leased = base .. 'leased', rollouts = base .. 'rollouts', live = base .. 'live',
     counts = base .. 'counts', epoch = base .. 'epoch', dead = base .. 'dead', reconciled = base .. 'reconciled',
-    prefix = base .. 't:', site = args[1], changes = {}, dropped = {}, ended = {}, has_ended = {},
+    prefix = base .. 't:', site = args[1], known = {}, changed = {}, changes = {}, dropped = {}, ended = {},
   }
 end
 
@@ -45,12 +56,58 @@ local function in_slices(items, act)
   end
 end
 
+-- '[^ ]+' for a word, for '%S+' takes twice as long.
+local function parse(key, line)
+  local state = string.match(line, '^[^ ]+')
+  if AT_WORK[state] then
+    local attempt, site, tries, entry, journal, nonce, holder =
+      string.match(line, '^[^ ]+ ([^ ]+) ([^ ]+) ([^ ]+) ([^ ]+) ([^ ]+) ([^ ]+) (.*)$')
+    return {
+      key = key, state = state, attempt = tonumber(attempt), site = site, tries = tonumber(tries), entry = entry,
+      journal = tonumber(journal), nonce = nonce, holder = holder,
+    }
+  end
+  local attempt, site, rollout, digest, bytes, verdict =
+    string.match(line, '^[^ ]+ ([^ ]+) ([^ ]+) ([^ ]+) ([^ ]+) ([^ ]+) ([^ ]+)$')
+  return {
+    key = key, state = state, attempt = tonumber(attempt), site = site, rollout = rollout, digest = digest,
+    bytes = tonumber(bytes), verdict = verdict ~= '-' and verdict or nil,
+  }
+end
+
+local function line_of(ticket)
+  local head = ticket.state .. ' ' .. ticket.attempt .. ' ' .. ticket.site .. ' '
+  if AT_WORK[ticket.state] then
+    return head .. ticket.tries .. ' ' .. ticket.entry .. ' ' .. ticket.journal .. ' ' .. ticket.nonce .. ' '
+      .. ticket.holder
+  end
+  return head .. ticket.rollout .. ' ' .. ticket.digest .. ' ' .. ticket.bytes .. ' ' .. (ticket.verdict or '-')
+end
+
+local function write_tickets(job)
+  local lines = {}
+  for _, ticket in ipairs(job.changed) do
+    if job.known[ticket.key] then
+      lines[#lines + 1] = ticket.key
+      lines[#lines + 1] = line_of(ticket)
+    end
+  end
+  in_slices(lines, function(...) redis.call('HSET', job.live, ...) end)
+  for name, keys in pairs(job.ended) do
+    in_slices(keys, function(...)
+      redis.call('HDEL', job.live, ...)
+      -- At once, next to their deletion: so the append-only file tells how each ticket ended.
+      redis.call('HINCRBY', job.counts, name, select('#', ...))
+    end)
+  end
+end
+
 local function settle(job)
+  write_tickets(job)
   for _, drops in pairs(job.dropped) do
     in_slices(drops.entries, function(...) redis.call('XACK', drops.stream, drops.group, ...) end)
     in_slices(drops.entries, function(...) redis.call('XDEL', drops.stream, ...) end)
   end
-  in_slices(job.ended, function(...) redis.call('SREM', job.active, ...) end)
   for name, change in pairs(job.changes) do
     if change ~= 0 then
       redis.call('HINCRBY', job.counts, name, change)
@@ -78,28 +135,61 @@ local function count(job, state, site, by)
   change(job, 'state:' .. state .. '@' .. site, by)
 end
 
-local function load(job, key)
-  local name = job.prefix .. key
-  local found = redis.call('HMGET', name, 'state', 'attempt', 'tries', 'site', 'entry', 'nonce', 'rollout', 'digest',
-    'bytes', 'verdict', 'journal')
-  if not found[1] or job.has_ended[key] then
-    return nil
+-- Reads tickets that `load` will be asked for.
+local function fetch(job, keys)
+  for first = 1, #keys, MOST_ARGUMENTS do
+    local last = math.min(#keys, first + MOST_ARGUMENTS - 1)
+    local lines = redis.call('HMGET', job.live, unpack(keys, first, last))
+    for i, line in ipairs(lines) do
+      local key = keys[first + i - 1]
+      if job.known[key] == nil then
+        job.known[key] = line and parse(key, line)
+      end
+    end
   end
-  return {
-    key = key, name = name, state = found[1], attempt = tonumber(found[2]), tries = tonumber(found[3]),
-    site = found[4], entry = found[5], nonce = found[6], rollout = found[7], digest = found[8],
-    bytes = tonumber(found[9] or '0'), verdict = found[10], journal = tonumber(found[11] or '0'),
-  }
 end
 
--- Moves a ticket to a state, and to a site.
+-- Reads the tickets whose keys are every so many arguments.
+local function fetch_each(job, args, first, step)
+  local keys = {}
+  for i = first, #args, step do
+    keys[#keys + 1] = args[i]
+  end
+  fetch(job, keys)
+end
+
+-- Reads the tickets of what was read of a stream.
+local function fetch_entries(job, entries)
+  local keys = {}
+  for _, item in ipairs(entries) do
+    keys[#keys + 1] = item[2][2]
+  end
+  fetch(job, keys)
+end
+
+-- A ticket; nil when it is not known, or has ended.
+local function load(job, key)
+  if job.known[key] == nil then
+    fetch(job, {key})
+  end
+  return job.known[key] or nil
+end
+
+local function save(job, ticket)
+  if not ticket.is_changed then
+    ticket.is_changed = true
+    job.changed[#job.changed + 1] = ticket
+  end
+end
+
+-- Moves a ticket to a state, and to a site, and saves it.
 local function move(job, ticket, state, site)
   if state ~= ticket.state or site ~= ticket.site then
     count(job, ticket.state, ticket.site, -1)
     count(job, state, site, 1)
-    redis.call('HSET', ticket.name, 'state', state, 'site', site)
     ticket.state, ticket.site = state, site
   end
+  save(job, ticket)
 end
 
 -- The ticket, if this attempt still holds it. The entry is compared too: a ticket that was issued again after the
@@ -114,9 +204,12 @@ local function held(job, key, attempt, entry)
 end
 
 local function drop(job, stream, group, entry)
-  local drops = job.dropped[stream] or {stream = stream, group = group, entries = {}}
+  local drops = job.dropped[stream]
+  if not drops then
+    drops = {stream = stream, group = group, entries = {}}
+    job.dropped[stream] = drops
+  end
   drops.entries[#drops.entries + 1] = entry
-  job.dropped[stream] = drops
 end
 
 -- Takes a ticket's entry out of the stream that its workers read.
@@ -131,6 +224,24 @@ end
 local function entry_fields(job, ticket)
   local found = redis.call('XRANGE', ticket.site == job.site and job.tickets or job.leased, ticket.entry, ticket.entry)
   return found[1] and found[1][2]
+end
+
+-- The words of a rollout's entry as fields of their own; as it is when it has not the right number of them.
+local function opened(fields)
+  local found = {}
+  for i = 1, #fields, 2 do
+    local pattern = '^([^ ]*) [^ ]* ([^ ]*) [^ ]* ([^ ]*) ([^ ]*) ([^ ]*)$'
+    local head = fields[i] == 'rollout' and fields[i + 1] or ''
+    local schema, attempt, awaiting, codec, digest = string.match(head, pattern)
+    local parts = {fields[i], fields[i + 1]}
+    if schema then
+      parts = {'schema', schema, 'attempt', attempt, 'awaiting', awaiting, 'codec', codec, 'digest', digest}
+    end
+    for _, part in ipairs(parts) do
+      found[#found + 1] = part
+    end
+  end
+  return found
 end
 
 -- Copies an entry to the dead letters, with the reason.
@@ -149,38 +260,38 @@ local function bury(job, kind, key, site, fields, reason, detail)
   redis.call('XADD', job.dead, 'MAXLEN', '~', MAX_DEAD_LETTERS, '*', unpack(letter))
 end
 
-local function forget_journal(ticket)
-  if ticket.journal > 0 then
-    redis.call('DEL', ticket.name .. ':journal')
-    redis.call('HDEL', ticket.name, 'journal')
-    ticket.journal = 0
-  end
+local function journal_name(job, ticket)
+  return job.prefix .. ticket.key .. ':journal'
 end
 
--- Takes what a ticket has in the rollouts stream out of it.
-local function drop_rollout(job, ticket)
-  if ticket.rollout then
-    drop(job, job.rollouts, LEARNER, ticket.rollout)
-    change(job, 'bytes', -ticket.bytes)
-  end
-  if ticket.verdict then
-    drop(job, job.rollouts, LEARNER, ticket.verdict)
+-- To be saved.
+local function forget_journal(job, ticket)
+  if ticket.journal > 0 then
+    redis.call('DEL', journal_name(job, ticket))
+    ticket.journal = 0
   end
 end
 
 -- Ends a ticket: only its count remains.
 local function finish(job, ticket, outcome)
-  if ticket.state == 'delivered' or ticket.state == 'awaiting_verdict' then
-    drop_rollout(job, ticket)
+  if AT_LEARNER[ticket.state] then
+    drop(job, job.rollouts, LEARNER, ticket.rollout)
+    change(job, 'bytes', -ticket.bytes)
+    if ticket.verdict then
+      drop(job, job.rollouts, LEARNER, ticket.verdict)
+    end
   else
     drop_entry(job, ticket)
-    forget_journal(ticket)
+    forget_journal(job, ticket)
   end
-  redis.call('DEL', ticket.name)
-  -- At once, next to its deletion: so the append-only file tells how each ticket ended.
-  redis.call('HINCRBY', job.counts, 'state:' .. outcome .. '@' .. ticket.site, 1)
-  job.ended[#job.ended + 1] = ticket.key
-  job.has_ended[ticket.key] = true
+  local name = 'state:' .. outcome .. '@' .. ticket.site
+  local ended = job.ended[name]
+  if not ended then
+    ended = {}
+    job.ended[name] = ended
+  end
+  ended[#ended + 1] = ticket.key
+  job.known[ticket.key] = false
   count(job, ticket.state, ticket.site, -1)
 end
 
@@ -190,7 +301,7 @@ local function fail(job, ticket, reason, detail)
   fields[#fields + 1] = 'attempt'
   fields[#fields + 1] = ticket.attempt
   bury(job, 'ticket', ticket.key, ticket.site, fields, reason, detail)
-  redis.call('XADD', job.rollouts, '*', 'schema', '1', 'key', ticket.key, 'attempt', ticket.attempt,
+  redis.call('XADD', job.rollouts, '*', 'schema', SCHEMA, 'key', ticket.key, 'attempt', ticket.attempt,
     'site', ticket.site, 'final', reason, 'detail', detail)
   finish(job, ticket, reason)
 end
@@ -199,7 +310,7 @@ end
 local function queue_again(job, ticket, tries)
   local entry = redis.call('XADD', job.tickets, '*', unpack(entry_fields(job, ticket)))
   drop_entry(job, ticket)
-  redis.call('HSET', ticket.name, 'tries', tries, 'entry', entry)
+  ticket.tries, ticket.entry = tries, entry
   move(job, ticket, 'queued', job.site)
 end
 
@@ -228,13 +339,17 @@ local function issue(job, args)
     return refusal
   end
   local issued = 0
+  fetch_each(job, args, 3, 2)
   for i = 3, #args, 2 do
     local key, payload = args[i], args[i + 1]
-    local name = job.prefix .. key
-    if redis.call('EXISTS', name) == 0 then
+    if not load(job, key) then
       local entry = redis.call('XADD', job.tickets, '*', 'key', key, 'payload', payload)
-      redis.call('HSET', name, 'state', 'queued', 'attempt', 0, 'tries', 0, 'site', job.site, 'entry', entry)
-      redis.call('SADD', job.active, key)
+      local ticket = {
+        key = key, state = 'queued', attempt = 0, site = job.site, tries = 0, entry = entry, journal = 0, nonce = '-',
+        holder = '-',
+      }
+      job.known[key] = ticket
+      save(job, ticket)
       issued = issued + 1
     end
   end
@@ -257,15 +372,15 @@ local function start_one(job, entry, key, actor, nonce, max_attempts)
     fail(job, ticket, 'attempts_exhausted', 'the lease of the last attempt ran out')
     return 0
   end
-  redis.call('HSET', ticket.name, 'attempt', ticket.attempt + 1, 'tries', ticket.tries + 1, 'holder', actor,
-    'nonce', nonce)
+  ticket.attempt, ticket.tries, ticket.nonce, ticket.holder = ticket.attempt + 1, ticket.tries + 1, nonce, actor
   move(job, ticket, 'running', job.site)
-  return ticket.attempt + 1
+  return ticket.attempt
 end
 
 -- ARGV: .., actor, nonce, max_attempts, then (entry, key) of each. Returns an attempt each; 0: nothing to do.
 local function start(job, args)
   local attempts = {}
+  fetch_each(job, args, 6, 2)
   for i = 5, #args, 2 do
     attempts[#attempts + 1] = start_one(job, args[i], args[i + 1], args[2], args[3], tonumber(args[4]))
   end
@@ -275,6 +390,7 @@ end
 -- ARGV: .., actor, then (key, attempt, entry) of each. Resets idle times. Returns 1 for each still held, else 0.
 local function renew(job, args)
   local kept = {}
+  fetch_each(job, args, 3, 3)
   for i = 3, #args, 3 do
     local ticket = held(job, args[i], args[i + 1], args[i + 2])
     if ticket then
@@ -299,7 +415,7 @@ local function give_back(job, args)
     return 1
   end
   if args[7] == '0' then
-    forget_journal(ticket)
+    forget_journal(job, ticket)
   end
   queue_again(job, ticket, tries)
   return 1
@@ -322,25 +438,23 @@ local function journal(job, args)
   if not ticket then
     return 'taken'
   end
-  local name, index = ticket.name .. ':journal', tonumber(args[5])
+  local name, index = journal_name(job, ticket), tonumber(args[5])
   local turns = redis.call('LLEN', name)
   if index > turns then
     return 'gap'
   end
-  local bytes = tonumber(redis.call('HGET', ticket.name, 'journal') or '0')
   if index == 0 then
-    redis.call('DEL', name)
-    bytes = 0
+    forget_journal(job, ticket)
   elseif index < turns then
     redis.call('LTRIM', name, 0, index - 1)
   end
-  bytes = bytes + #args[6]
-  if bytes > tonumber(args[7]) then
-    redis.call('DEL', name)
+  save(job, ticket)
+  if ticket.journal + #args[6] > tonumber(args[7]) then
+    forget_journal(job, ticket)
     return 'oversized'
   end
   redis.call('RPUSH', name, args[6])
-  redis.call('HSET', ticket.name, 'journal', bytes)
+  ticket.journal = ticket.journal + #args[6]
   return 'ok'
 end
 
@@ -357,7 +471,8 @@ local function open_to(ticket, attempt, entry)
 end
 
 local function deliver_one(job, maker, head, payload)
-  local key, attempt, entry, digest, codec, awaiting = string.match(head, '^(%S+) (%d+) (%S+) (%x+) (%S+) ([01])$')
+  local key, attempt, entry, digest, codec, awaiting =
+    string.match(head, '^([^ ]+) ([^ ]+) ([^ ]+) ([^ ]+) ([^ ]+) ([01])$')
   local ticket = load(job, key)
   if not ticket then
     return 'gone'
@@ -366,24 +481,24 @@ local function deliver_one(job, maker, head, payload)
     return ticket.rollout and ticket.digest == digest and 'repeated' or 'taken'
   end
   local site = maker ~= '' and maker or ticket.site
-  local state = awaiting == '1' and 'awaiting_verdict' or 'delivered'
-  local rollout = redis.call('XADD', job.rollouts, '*', 'schema', '1', 'codec', codec, 'digest', digest, 'key', key,
-    'attempt', attempt, 'site', site, 'awaiting', awaiting, 'payload', payload)
+  local rollout = redis.call('XADD', job.rollouts, '*', 'rollout', SCHEMA .. ' ' .. key .. ' ' .. attempt .. ' '
+    .. site .. ' ' .. awaiting .. ' ' .. codec .. ' ' .. digest, 'payload', payload)
   drop_entry(job, ticket)
-  forget_journal(ticket)
+  forget_journal(job, ticket)
   change(job, 'bytes', #payload)
-  count(job, ticket.state, ticket.site, -1)
-  count(job, state, site, 1)
-  redis.call('HSET', ticket.name, 'state', state, 'site', site, 'attempt', attempt, 'rollout', rollout,
-    'digest', digest, 'bytes', #payload)
+  ticket.attempt, ticket.rollout, ticket.digest, ticket.bytes = tonumber(attempt), rollout, digest, #payload
+  move(job, ticket, awaiting == '1' and 'awaiting_verdict' or 'delivered', site)
   return 'delivered'
 end
 
--- ARGV: .., maker's site or '', then of each 'key attempt entry digest codec awaiting' (whether it awaits its verdict:
--- 1 or 0) and payload. Returns of each 'delivered', 'repeated' (these very bytes are there already), or why not: 'gone',
--- 'taken'.
+-- ARGV: .., maker's site or '', then of each 'key attempt entry digest codec awaiting' and payload. Returns of each
+-- 'delivered', 'repeated' (these very bytes are there already), or why not: 'gone', 'taken'.
 local function deliver(job, args)
-  local outcomes = {}
+  local keys, outcomes = {}, {}
+  for i = 3, #args, 2 do
+    keys[#keys + 1] = string.match(args[i], '^[^ ]+')
+  end
+  fetch(job, keys)
   for i = 3, #args, 2 do
     outcomes[#outcomes + 1] = deliver_one(job, args[2], args[i], args[i + 1])
   end
@@ -399,27 +514,32 @@ local function verdict(job, args)
   if ticket.state ~= 'awaiting_verdict' then
     return 'taken'
   end
-  local entry = redis.call('XADD', job.rollouts, '*', 'schema', '1', 'key', ticket.key, 'attempt', ticket.attempt,
+  ticket.verdict = redis.call('XADD', job.rollouts, '*', 'schema', SCHEMA, 'key', ticket.key, 'attempt', ticket.attempt,
     'site', ticket.site, 'verdict', args[3])
-  redis.call('HSET', ticket.name, 'verdict', entry)
   move(job, ticket, 'delivered', ticket.site)
   return 'delivered'
 end
 
--- ARGV: .., epoch, then (entry or '', key, outcome) of each. Returns {'ok'}.
+-- ARGV: .., epoch, then of each 'entry outcome key', where an entry of '-' is none. Returns {'ok'}.
 -- The learner is the authority: a ticket ends whatever its state, for a broker that lost its tail may know less.
 local function acknowledge(job, args)
   local refusal = fence(job, args[2])
   if refusal then
     return refusal
   end
-  for i = 3, #args, 3 do
-    local ticket = load(job, args[i + 1])
-    if args[i] ~= '' and not (ticket and ticket.rollout == args[i]) then
-      drop(job, job.rollouts, LEARNER, args[i])
+  local keys, entries, outcomes = {}, {}, {}
+  for i = 3, #args do
+    -- A key comes last: that of a forged entry is any text.
+    entries[i - 2], outcomes[i - 2], keys[i - 2] = string.match(args[i], '^([^ ]+) ([^ ]+) (.*)$')
+  end
+  fetch(job, keys)
+  for i, key in ipairs(keys) do
+    local ticket = load(job, key)
+    if entries[i] ~= '-' and not (ticket and ticket.rollout == entries[i]) then
+      drop(job, job.rollouts, LEARNER, entries[i])
     end
     if ticket then
-      finish(job, ticket, args[i + 2])
+      finish(job, ticket, outcomes[i])
     end
   end
   return {'ok'}
@@ -437,7 +557,7 @@ local function dead_letter(job, args)
     local fields = found[1][2]
     fields[#fields + 1] = 'task'
     fields[#fields + 1] = args[7]
-    bury(job, 'rollout', args[4], ticket and ticket.site or '', fields, args[5], args[6])
+    bury(job, 'rollout', args[4], ticket and ticket.site or '', opened(fields), args[5], args[6])
   end
   if not (ticket and ticket.rollout == args[3]) then
     drop(job, job.rollouts, LEARNER, args[3])
@@ -457,15 +577,14 @@ local function close(job, args)
   if refusal then
     return refusal
   end
-  local ended = {}
-  for _, key in ipairs(redis.call('SPOP', job.active, args[4])) do
+  local ended, keys = {}, redis.call('HRANDFIELD', job.live, args[4])
+  fetch(job, keys)
+  for _, key in ipairs(keys) do
     local ticket = load(job, key)
-    if ticket then
-      finish(job, ticket, args[3])
-      ended[ticket.state] = (ended[ticket.state] or 0) + 1
-    end
+    finish(job, ticket, args[3])
+    ended[ticket.state] = (ended[ticket.state] or 0) + 1
   end
-  local reply = {'ok', redis.call('SCARD', job.active)}
+  local reply = {'ok', redis.call('HLEN', job.live) - #keys}
   for state, number in pairs(ended) do
     reply[#reply + 1] = state
     reply[#reply + 1] = number
@@ -481,11 +600,11 @@ local function lease_one(job, ticket, site, nonce, tries)
   drop_entry(job, ticket)
   local entry = redis.call('XADD', job.leased, '*', unpack(fields))
   redis.call('XCLAIM', job.leased, SITES, site, 0, entry, 'FORCE', 'JUSTID')
-  redis.call('HSET', ticket.name, 'attempt', ticket.attempt + 1, 'tries', tries, 'holder', site, 'nonce', nonce,
-    'entry', entry)
-  forget_journal(ticket)
+  ticket.attempt, ticket.tries, ticket.entry = ticket.attempt + 1, tries, entry
+  ticket.nonce, ticket.holder = nonce, site
+  forget_journal(job, ticket)
   move(job, ticket, 'running', site)
-  return {entry, ticket.attempt + 1, fields}
+  return {entry, ticket.attempt, fields}
 end
 
 -- How many bytes both begin with, or end with; at most `limit`.
@@ -529,7 +648,9 @@ end
 
 local function lease_queued(job, site, nonce, limit, max_attempts, leases)
   local found = redis.call('XREADGROUP', 'GROUP', ACTORS, site, 'COUNT', limit, 'STREAMS', job.tickets, '>')
-  for _, item in ipairs(found and found[1][2] or {}) do
+  local entries = found and found[1][2] or {}
+  fetch_entries(job, entries)
+  for _, item in ipairs(entries) do
     local ticket = load(job, item[2][2])
     if not ticket or ticket.entry ~= item[1] or ticket.state ~= 'queued' then
       drop(job, job.tickets, ACTORS, item[1])
@@ -543,6 +664,7 @@ end
 
 local function lease_expired(job, site, nonce, limit, max_attempts, lease_ms, leases)
   local idle = redis.call('XAUTOCLAIM', job.leased, SITES, site, lease_ms, '0-0', 'COUNT', limit)
+  fetch_entries(job, idle[2])
   for _, item in ipairs(idle[2]) do
     local ticket = load(job, item[2][2])
     if not ticket or ticket.entry ~= item[1] or (ticket.state ~= 'running' and ticket.state ~= 'spooled') then
@@ -569,6 +691,7 @@ end
 -- ARGV: .., holder site, nonce, keys. Leases those that are queued, without counting a try. Returns as `lease`.
 local function adopt(job, args)
   local leases = {}
+  fetch_each(job, args, 4, 1)
   for i = 4, #args do
     local ticket = load(job, args[i])
     if ticket and ticket.state == 'queued' then
@@ -578,9 +701,21 @@ local function adopt(job, args)
   return packed(leases)
 end
 
+-- ARGV: .., then (entry, key) of each. Returns the attempt each that the entry stands for; 0: its ticket moved on.
+local function attempts(job, args)
+  local found = {}
+  fetch_each(job, args, 3, 2)
+  for i = 2, #args, 2 do
+    local ticket = load(job, args[i + 1])
+    found[#found + 1] = ticket and ticket.entry == args[i] and ticket.attempt or 0
+  end
+  return found
+end
+
 -- ARGV: .., holder site, then (key, attempt, entry, 'running' | 'spooled') of each. Returns 1 for each held, else 0.
 local function renew_site(job, args)
   local kept = {}
+  fetch_each(job, args, 3, 4)
   for i = 3, #args, 4 do
     local ticket = held(job, args[i], args[i + 1], args[i + 2])
     if ticket then
@@ -596,6 +731,7 @@ end
 local function expire(job, args)
   local idle = redis.call('XAUTOCLAIM', job.leased, SITES, 'expired', args[2], args[3], 'COUNT', args[4])
   local back = 0
+  fetch_entries(job, idle[2])
   for _, item in ipairs(idle[2]) do
     local ticket = load(job, item[2][2])
     if not ticket or ticket.entry ~= item[1] then
@@ -626,8 +762,9 @@ local function covered(job, args)
     return {'unreconciled'}
   end
   local ended = {}
+  fetch_each(job, args, 2, 1)
   for i = 2, #args do
-    ended[#ended + 1] = 1 - redis.call('EXISTS', job.prefix .. args[i])
+    ended[#ended + 1] = load(job, args[i]) and 0 or 1
   end
   return ended
 end
@@ -640,11 +777,10 @@ local function final_counts(job, args)
     end
     return finals
   end
-  local live = {queued = true, running = true, spooled = true, awaiting_verdict = true, delivered = true}
   local found = redis.call('HGETALL', job.counts)
   for i = 1, #found, 2 do
     local state = string.match(found[i], '^state:(.*)@')
-    if state and not live[state] then
+    if state and not AT_WORK[state] and not AT_LEARNER[state] then
       finals[found[i]] = tonumber(found[i + 1])
     end
   end
@@ -659,15 +795,12 @@ local function reconcile(job, args)
     return refusal
   end
   local counts, issued, bytes = final_counts(job, args), 0, 0
-  for _, key in ipairs(redis.call('SMEMBERS', job.active)) do
-    local ticket = load(job, key)
-    if ticket then
-      local name = 'state:' .. ticket.state .. '@' .. ticket.site
-      counts[name] = (counts[name] or 0) + 1
-      bytes = bytes + ticket.bytes
-    else
-      redis.call('SREM', job.active, key)
-    end
+  local tickets = redis.call('HGETALL', job.live)
+  for i = 1, #tickets, 2 do
+    local ticket = parse(tickets[i], tickets[i + 1])
+    local name = 'state:' .. ticket.state .. '@' .. ticket.site
+    counts[name] = (counts[name] or 0) + 1
+    bytes = bytes + (ticket.bytes or 0)
   end
   redis.call('DEL', job.counts)
   for name, number in pairs(counts) do
@@ -705,6 +838,7 @@ register('dead_letter', dead_letter, {'allow-oom'})
 register('close', close, {'allow-oom'})
 register('lease', lease, {'allow-oom'})
 register('adopt', adopt, {'allow-oom'})
+register('attempts', attempts, {'allow-oom'})
 register('renew_site', renew_site, {'allow-oom'})
 register('expire', expire, {'allow-oom'})
 register('incarnation', incarnation, {'allow-oom'})

@@ -51,9 +51,9 @@ class JobKeys:
         return self._own("rollouts")
 
     @property
-    def active(self) -> str:
-        """Set of the ticket keys that are not final."""
-        return self._own("active")
+    def live(self) -> str:
+        """Hash of the tickets that are not final: by ticket key a line, whose words functions.lua tells."""
+        return self._own("live")
 
     @property
     def counts(self) -> str:
@@ -90,7 +90,7 @@ class JobKeys:
 
     @property
     def ticket_prefix(self) -> str:
-        """A ticket's hash is this and its key; its journal is that and `:journal`."""
+        """A ticket's journal is this, its key and `:journal`."""
         return self._own("t:")
 
     def _own(self, name: str) -> str:

@@ -13,12 +13,13 @@ import asyncio
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import structlog
 from redis.asyncio import Redis
 
 from longshore.errors import Conflict, Fenced, IntegrityError, LongshoreError, NotFound, Rejected
-from longshore.rollout_queue import broker, payload
+from longshore.rollout_queue import broker, heads, payload
 from longshore.rollout_queue.blobs import Blobs
 from longshore.rollout_queue.keys import LEARNER, JobKeys
 from longshore.rollout_queue.tickets import MAX_DETAIL, Claim, check_reason, checked, slices
@@ -74,21 +75,13 @@ class End:
     outcome: str
 
 
-@dataclass(frozen=True)
-class _Packed:
+class _Packed(NamedTuple):
     """A rollout on its way: its place among those to deliver, and what goes into the call."""
 
-    index: int
+    place: int
     claim: Claim
-    packed: payload.Packed
-    awaiting_verdict: bool
-
-    @property
-    def head(self) -> str:
-        """What deliver in functions.lua reads. One argument, for each costs both sides some time."""
-        key, attempt, entry = self.claim.fence
-        awaiting = 1 if self.awaiting_verdict else 0
-        return f"{key} {attempt} {entry} {self.packed.digest} {self.packed.codec} {awaiting}"
+    head: str
+    data: bytes
 
 
 class RolloutQueue:
@@ -143,14 +136,16 @@ class RolloutQueue:
         size = 0
         for index, (claim, rollout, awaiting) in enumerate(rollouts):
             try:
-                packed = await self._packed(claim, rollout)
+                small = len(rollout) < _THREAD_BYTES
+                packed = payload.encode(rollout) if small else await self._pack_large(claim, rollout)
             except Rejected as error:
                 outcomes[index] = error
                 continue
             if trip and size + len(packed.data) > _TRIP_BYTES:
                 await self._send(trip, outcomes)
                 trip, size = [], 0
-            trip.append(_Packed(index, claim, packed, awaiting))
+            head = heads.to_deliver(claim.fence, packed.digest, packed.codec, awaiting)
+            trip.append(_Packed(index, claim, head, packed.data))
             size += len(packed.data)
         if trip:
             await self._send(trip, outcomes)
@@ -221,11 +216,12 @@ class RolloutQueue:
         Raises:
             Fenced: a newer epoch is open.
         """
+        for outcome in {end.outcome for end in ends}:
+            check_reason(outcome)
         for start in range(0, len(ends), _CALL_ENDS):
-            parts: list[str] = []
-            for end in ends[start : start + _CALL_ENDS]:
-                check_reason(end.outcome)
-                parts += (end.entry_id or "", end.ticket_key, end.outcome)
+            parts = [
+                f"{end.entry_id or '-'} {end.outcome} {end.ticket_key}" for end in ends[start : start + _CALL_ENDS]
+            ]
             checked(await broker.call(self._redis, self._keys, "acknowledge", epoch, *parts), epoch)
         await self._forget_blobs([end.entry_id for end in ends if end.entry_id])
 
@@ -262,10 +258,8 @@ class RolloutQueue:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    async def _packed(self, claim: Claim, rollout: bytes) -> payload.Packed:
+    async def _pack_large(self, claim: Claim, rollout: bytes) -> payload.Packed:
         """A rollout as it goes into the stream: itself, or the path under which it lies in the storage."""
-        if len(rollout) < _THREAD_BYTES:
-            return payload.encode(rollout)
         packed = await asyncio.to_thread(payload.encode, rollout)
         if self._blobs is None or len(packed.data) <= INLINE_BYTES:
             return packed
@@ -277,12 +271,12 @@ class RolloutQueue:
 
     async def _send(self, trip: Sequence[_Packed], outcomes: list[bool | LongshoreError]) -> None:
         calls = list(_calls(trip))
-        parts = [(self._maker, *(part for item in call for part in (item.head, item.packed.data))) for call in calls]
+        parts = [(self._maker, *(part for item in call for part in (item.head, item.data))) for call in calls]
         replies = await broker.call_many(self._redis, self._keys, "deliver", parts)
         for call, reply in zip(calls, replies, strict=True):
             answers = [reply] * len(call) if isinstance(reply, LongshoreError) else reply
             for item, answer in zip(call, answers, strict=True):
-                outcomes[item.index] = _outcome(item.claim, answer)
+                outcomes[item.place] = _outcome(item.claim, answer)
 
     async def _unpacked(self, codec: str, data: bytes, digest: str) -> bytes:
         if codec.startswith(_BLOB):
@@ -316,8 +310,10 @@ class RolloutQueue:
     async def _decode_all(self, found: list[broker.Entry]) -> list[Delivery]:
         deliveries = []
         for entry_id, fields in found:
-            if b"key" in fields:
+            if b"rollout" in fields:
                 deliveries.append(await self._decode(entry_id, fields))
+            elif b"key" in fields:
+                deliveries.append(self._decode_notice(entry_id, fields))
             else:
                 # Nobody's: no function of ours writes such an entry, so no ticket waits for it.
                 log.error("rollout entry without a ticket", entry=entry_id)
@@ -325,27 +321,34 @@ class RolloutQueue:
         return deliveries
 
     async def _decode(self, entry_id: str, fields: dict[bytes, bytes]) -> Delivery:
+        head = heads.read(fields[b"rollout"])
+        body = b""
+        try:
+            if not head.is_known:
+                raise Rejected("schema", f"an entry of schema {head.schema[:20]!r}, or damaged")
+            data = fields.get(b"payload", b"")
+            body = await self._unpacked(head.codec, data, head.digest)
+            if head.codec.startswith(_BLOB):
+                self._blob_of[entry_id] = data.decode()
+        except (Rejected, IntegrityError) as error:
+            log.error("rollout cannot be read", ticket=head.key, entry=entry_id, reason=str(error))
+        self._mean_bytes += (len(body) - self._mean_bytes) // 8
+        site, attempt = head.site or self._keys.site, heads.number(head.attempt)
+        return Delivery(entry_id, head.key, attempt, body, None, site, awaiting_verdict=head.awaiting == "1")
+
+    def _decode_notice(self, entry_id: str, fields: dict[bytes, bytes]) -> Delivery:
+        """A verdict, or the end of a ticket without a rollout; or nothing that can be read."""
+
         def word(name: bytes) -> str:
             return fields.get(name, b"").decode(errors="replace")
 
-        key, site = word(b"key"), word(b"site") or self._keys.site
-        attempt = int(word(b"attempt")) if word(b"attempt").isdigit() else 0
+        key, attempt, site = word(b"key"), heads.number(word(b"attempt")), word(b"site") or self._keys.site
         if b"final" in fields:
             return Delivery(entry_id, key, attempt, None, word(b"final"), site, detail=word(b"detail"))
         if b"verdict" in fields:
             return Delivery(entry_id, key, attempt, None, None, site, verdict=fields[b"verdict"])
-        body = b""
-        try:
-            if (schema := fields.get(b"schema")) != b"1":
-                raise Rejected("schema", f"unknown schema {schema!r}")
-            data = fields.get(b"payload", b"")
-            body = await self._unpacked(word(b"codec"), data, word(b"digest"))
-            if word(b"codec").startswith(_BLOB):
-                self._blob_of[entry_id] = data.decode()
-        except (Rejected, IntegrityError) as error:
-            log.error("rollout cannot be read", ticket=key, entry=entry_id, reason=str(error))
-        self._mean_bytes += (len(body) - self._mean_bytes) // 8
-        return Delivery(entry_id, key, attempt, body, None, site, awaiting_verdict=fields.get(b"awaiting") == b"1")
+        log.error("rollout cannot be read", ticket=key, entry=entry_id, reason="it has no rollout")
+        return Delivery(entry_id, key, attempt, b"", None, site)
 
     async def _drop(self, entry_id: str) -> None:
         with broker.reaching():
@@ -367,11 +370,11 @@ def _calls(trip: Sequence[_Packed]) -> Iterator[list[_Packed]]:
     call: list[_Packed] = []
     size = 0
     for item in trip:
-        if call and (len(call) >= _CALL_ROLLOUTS or size + len(item.packed.data) > _CALL_BYTES):
+        if call and (len(call) >= _CALL_ROLLOUTS or size + len(item.data) > _CALL_BYTES):
             yield call
             call, size = [], 0
         call.append(item)
-        size += len(item.packed.data)
+        size += len(item.data)
     yield call
 
 

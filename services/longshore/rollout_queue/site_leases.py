@@ -111,16 +111,17 @@ class SiteLeases:
         return claims
 
     async def _with_attempts(self, page: list[broker.Entry]) -> list[Claim]:
-        pipeline = self._redis.pipeline(transaction=False)
-        for _, fields in page:
-            pipeline.hmget(self._keys.ticket_prefix + fields.get(b"key", b"").decode(), ["entry", "attempt"])
-        with broker.reaching():
-            tickets = await pipeline.execute()
+        attempts = await broker.call(
+            self._redis,
+            self._keys,
+            "attempts",
+            *(part for entry_id, fields in page for part in (entry_id, fields.get(b"key", b""))),
+        )
         claims = []
-        for (entry_id, fields), (entry, attempt) in zip(page, tickets, strict=True):
+        for (entry_id, fields), attempt in zip(page, attempts, strict=True):
             # An entry that was claimed, but whose ticket has moved on since, is nobody's.
-            if entry == entry_id.encode():
-                claim = await decode_claim(self._redis, self._keys, entry_id, fields, int(attempt))
+            if attempt:
+                claim = await decode_claim(self._redis, self._keys, entry_id, fields, attempt)
                 if claim is not None:
                     claims.append(claim)
         return claims

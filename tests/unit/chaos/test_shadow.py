@@ -56,7 +56,7 @@ async def test_a_count_that_moves_alone_is_noticed(bench, tap):
 
 async def test_a_ticket_that_vanishes_uncounted_is_noticed(bench, tap):
     await bench.issued(2)
-    await bench.redis.delete(f"{bench.keys.ticket_prefix}0.1")
+    await bench.redis.hdel(bench.keys.live, "0.1")
     assert "the tickets are" in queue_of(tap, bench).history.failures[0]
 
 

@@ -9,7 +9,7 @@ from longshore.types import JobRef
 
 
 def names(keys):
-    own = (keys.tickets, keys.leased, keys.rollouts, keys.active, keys.counts, keys.epoch, keys.dead, keys.reconciled)
+    own = (keys.tickets, keys.leased, keys.rollouts, keys.live, keys.counts, keys.epoch, keys.dead, keys.reconciled)
     return [*own, keys.events, keys.command, keys.ticket_prefix]
 
 
