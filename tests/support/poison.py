@@ -356,7 +356,9 @@ OUTSIDE = [
     Kind("an entry without codec", _outside(codec=None), "unreadable", deliverable=False),
     Kind("an entry torn in its head", lambda t: {"rollout": f"1 {t.ref.key} 1 ho"}, "unreadable", deliverable=False),
     Kind("an entry with two attempts", _keyed(lambda t: f"{t.ref.key} 1"), "unreadable", deliverable=False),
-    Kind("an entry without a head", lambda t: {"rollout": "", "payload": honest(t)}, "unknown_ticket", deliverable=False),
+    Kind(
+        "an entry without a head", lambda t: {"rollout": "", "payload": honest(t)}, "unknown_ticket", deliverable=False
+    ),
     Kind("an entry whose head is noise", lambda t: {"rollout": b"\xff \x00" * 3}, "unknown_ticket", deliverable=False),
     Kind("a payload alone", _bare(payload=b"x"), "unreadable", deliverable=False),
     Kind("a bomb", _bomb(BOMB_BYTES, declared=True), "unreadable", deliverable=False),

@@ -44,8 +44,7 @@ _READ_BYTES = 64 * 1024 * 1024
 _THREAD_BYTES = 256 * 1024
 
 
-@dataclass(frozen=True)
-class Delivery:
+class Delivery(NamedTuple):
     """An entry of the rollouts stream: a rollout, a verdict that came after its rollout, or the notice that a ticket
     ended without one.
 
