@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/longshore/proto/v1/*.proto)
 
-.PHONY: help demo test test-chaos test-quick check proto proto-check lint types imports clean
+.PHONY: help demo test test-chaos bench test-quick check proto proto-check lint types imports clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,13 @@ KILLS ?= 100
 SEED ?= 0
 test-chaos: $(VENV)/.dev ## kill, stop, cut off and fill up everything at random, then prove that nothing was lost
 	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(KILLS) --seed $(SEED) $(CHAOS)
+
+BENCHMARKS := queue egress stragglers recovery poison
+bench: $(VENV)/.dev ## every benchmark, half an hour in all, one after another; QUICK=--quick for five minutes
+	@mkdir -p build/bench
+	@failed=; for name in $(BENCHMARKS); do \
+	    $(BIN)/python benchmarks/$$name.py $(QUICK) --json build/bench/$$name.json || failed="$$failed $$name"; \
+	done; test -z "$$failed" || (echo "fall short:$$failed" && exit 1)
 
 test-quick: $(VENV)/.dev ## unit and contract tests only
 	$(BIN)/python -m pytest tests/unit tests/contract

@@ -3,7 +3,7 @@
     python benchmarks/queue.py [--quick] [--json FILE]
 
 Rate: one process sends 16 KiB rollouts, reads and acknowledges them, over a Unix socket, to a private broker with
-appendfsync everysec. Ours delivers claimed tickets (ids, dedupe by SHA-256, leases closed, counts), reads, verifies and
+appendfsync everysec. Ours delivers claimed tickets (ids, dedupe by digest, leases closed, counts), reads, verifies and
 acknowledges (the entry is deleted, the ticket ends). Bare does XADD, XREADGROUP and XACK of the same bytes in the same
 batches of 64, two batches in flight, with the same client class and its settings; its stream is never trimmed. Issuing
 and claiming tickets has no counterpart there: it is done before the clock starts, and timed in a row of its own.

@@ -19,6 +19,7 @@ from longshore.tasks.verification import ScoreRequest
 from longshore.types import JobRef, Message
 from longshore.verifier import metrics
 from longshore.verifier.config import VerifierSettings
+from longshore.verifier.folders import sweep
 from longshore.verifier.pool import PoolLimits, ScoreTimeout, VerifierPool
 
 SERVICE = "longshore.proto.v1.VerifierService"
@@ -67,6 +68,8 @@ class VerifierService(verifier_pb2_grpc.VerifierServiceServicer):
 async def serve(settings: VerifierSettings, stop: asyncio.Event) -> None:
     """Runs until `stop`; raises PluginError when the verifier cannot be loaded."""
     job = settings.load_job()
+    if left_behind := await asyncio.to_thread(sweep):
+        log.info("removed folders of verifiers that were killed", folders=left_behind)
     restarts = metrics.RESTARTS.labels(job.project, job.job)
     server = RpcServer(settings.listen)
     async with VerifierPool(job.spec.verifier, _limits(settings, job), restarts.inc) as pool:

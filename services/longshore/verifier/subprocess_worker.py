@@ -8,10 +8,10 @@ import json
 import os
 import signal
 import sys
-import tempfile
 from typing import Any
 
 from longshore.errors import LongshoreError
+from longshore.verifier.folders import WorkFolder
 from longshore.verifier.lines import MAX_LINE_BYTES
 
 _PASSED_ON = ("PATH", "PYTHONPATH")
@@ -28,11 +28,11 @@ class SubprocessWorker:
     def __init__(self, memory_bytes: int) -> None:
         self._memory_bytes = memory_bytes
         self._process: asyncio.subprocess.Process | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: WorkFolder | None = None
 
     async def start(self) -> None:
         """Starts the process; it says nothing until asked."""
-        self._folder = tempfile.TemporaryDirectory(prefix="longshore-verifier-", ignore_cleanup_errors=True)
+        self._folder = WorkFolder()
         environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         arguments = ("-m", "longshore.verifier.worker", str(self._memory_bytes), str(os.getpid()))
         self._process = await asyncio.create_subprocess_exec(
@@ -40,9 +40,9 @@ class SubprocessWorker:
             *arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            cwd=self._folder.name,
+            cwd=self._folder.path,
             # One thread a worker: scorers that use numpy would otherwise take every core.
-            env={**environment, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TMPDIR": self._folder.name},
+            env={**environment, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TMPDIR": str(self._folder.path)},
             limit=MAX_LINE_BYTES,
             start_new_session=True,
         )
@@ -84,7 +84,8 @@ class SubprocessWorker:
             await self._process.wait()
             await self._close_pipes(self._process)
         if self._folder is not None:
-            self._folder.cleanup()
+            self._folder.remove()
+            self._folder = None
 
     async def _close_pipes(self, process: asyncio.subprocess.Process) -> None:
         """Sees both pipes end, so that nothing is left to an event loop that may be closing."""
