@@ -129,6 +129,9 @@ def _command(server: str, directory: Path, socket: Path) -> BrokerCommand:
         "appendonly": "yes",
         "appendfsync": "everysec",
         "save": "",
+        # A rewrite takes a core for as long as it lasts, and rollouts come and go: by default there would be one every
+        # 64 MB. A file of this size is read back in two or three seconds.
+        "auto-aof-rewrite-min-size": "512mb",
         # Rollouts are packed already: compressing them again would take a fifth of the broker's time.
         "rdbcompression": "no",
         # A full broker says so; it never drops a ticket.
