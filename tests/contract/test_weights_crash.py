@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from longshore.errors import Unavailable
+from longshore.weight_store.objects import open_objects
+from longshore.weight_store.store import WeightStore
 from longshore.weights.client import WeightsClient
-from longshore.weights.objects import open_objects
-from longshore.weights.store import WeightStore
 
 SERVER = Path(__file__).with_name("weights_crash_server.py")
 DEADLINE_S = 20.0

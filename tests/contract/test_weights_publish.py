@@ -13,9 +13,9 @@ from longshore.errors import Conflict, Fenced, IntegrityError, NotFound, Rejecte
 from longshore.proto.v1 import weights_pb2, weights_pb2_grpc
 from longshore.rpc.channel import channel
 from longshore.signing import SigningKey
+from longshore.weight_store.version import sign_pointer
 from longshore.weights.client import Tensor, WeightsClient, checksum_of
 from longshore.weights.parcel import Parcel, pack
-from longshore.weights.version import sign_pointer
 
 
 def parcel(weights, version: int, serial: int = 1, key: SigningKey | None = None, epoch: int = 1) -> Parcel:
@@ -246,7 +246,7 @@ async def test_a_full_disk_is_said_to_be_one(weights, monkeypatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("longshore.weights.objects.obstore.put", full)
+    monkeypatch.setattr("longshore.weight_store.objects.obstore.put", full)
     code, _ = await refused(weights, parcel(weights, 0))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
 

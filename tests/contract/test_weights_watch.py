@@ -14,9 +14,9 @@ from longshore.errors import IntegrityError, NotFound
 from longshore.proto.v1 import weights_pb2, weights_pb2_grpc
 from longshore.rpc.server import RpcServer
 from longshore.signing import SigningKey
+from longshore.weight_store.store import WeightStore
+from longshore.weight_store.version import sign_pointer
 from longshore.weights.parcel import pack
-from longshore.weights.store import WeightStore
-from longshore.weights.version import sign_pointer
 
 DEADLINE_S = 20.0
 

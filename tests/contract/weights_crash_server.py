@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from longshore.weights.objects import Objects
+from longshore.weight_store.objects import Objects
 from longshore.weights.service import main
 
 ORDER = Path(sys.argv[1])

@@ -24,11 +24,9 @@ from longshore.rpc import convert
 from longshore.rpc.channel import channel
 from longshore.signing import SigningKey
 from longshore.types import JobRef
-from longshore.weights import bundle, payload
-from longshore.weights.calls import Backoff, repeat, translated
-from longshore.weights.parcel import pack
-from longshore.weights.payload import Tensor
-from longshore.weights.version import (
+from longshore.weight_store import bundle, payload
+from longshore.weight_store.payload import Tensor
+from longshore.weight_store.version import (
     HEAD,
     CanaryProbe,
     PointerState,
@@ -41,6 +39,8 @@ from longshore.weights.version import (
     policy_version,
     tensor_infos,
 )
+from longshore.weights.calls import Backoff, repeat, translated
+from longshore.weights.parcel import pack
 
 __all__ = ["CanaryProbe", "PolicyVersion", "Tensor", "VersionDraft", "WeightsClient", "checksum_of"]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from longshore.proto.v1 import weights_pb2
 from longshore.signing import SigningKey
 from longshore.types import JobRef
-from longshore.weights import bundle, payload
-from longshore.weights.payload import Tensor
-from longshore.weights.version import HEAD, VersionDraft, build_manifest, sign_manifest, sign_pointer
+from longshore.weight_store import bundle, payload
+from longshore.weight_store.payload import Tensor
+from longshore.weight_store.version import HEAD, VersionDraft, build_manifest, sign_manifest, sign_pointer
 
 # Renewed by every publish; long enough for the slowest step and for a finished job to be looked at.
 HEAD_LIFETIME_S = 30 * 86400.0

@@ -76,12 +76,14 @@ class TensorInfo(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
-    SHA256_FIELD_NUMBER: _builtins.int
+    BLAKE3_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     dtype: _builtins.str
     """"bfloat16", "float16" or "float32"."""
-    sha256: _builtins.bytes
-    """SHA-256 over the tensor's little-endian bytes as served."""
+    blake3: _builtins.bytes
+    """BLAKE3 (32 bytes) over the tensor's little-endian bytes as served. Fast enough that every hand a version passes
+    through checks every tensor, each time.
+    """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -90,11 +92,11 @@ class TensorInfo(_message.Message):
         name: _builtins.str = ...,
         dtype: _builtins.str = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
-        sha256: _builtins.bytes = ...,
+        blake3: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "name", b"name", "sha256", b"sha256", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blake3", b"blake3", "dtype", b"dtype", "name", b"name", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -275,7 +277,9 @@ class Encoding(_message.Message):
     """SHA-256 of the payload; also its address."""
     size: _builtins.int
     codec: _builtins.str
-    """Codec name and version, for example "safetensors"."""
+    """Codec name and version: "safetensors" (every tensor's bytes as they are), "longshore-planes/1" (every tensor,
+    compressed), "longshore-delta/1" (steps on the ordered-integer line, against base_version).
+    """
     def __init__(
         self,
         *,
@@ -403,6 +407,146 @@ class RegisterKeyResponse(_message.Message):
 Global___RegisterKeyResponse: _TypeAlias = RegisterKeyResponse  # noqa: Y015
 
 @_typing.final
+class KeyRotation(_message.Message):
+    """The successor of a job's newest key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    SERIAL_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    public_key: _builtins.bytes
+    """Ed25519, 32 bytes."""
+    serial: _builtins.int
+    """1 for the first rotation, then one more each."""
+    @_builtins.property
+    def job(self) -> _job_pb2.JobRef: ...
+    @_builtins.property
+    def created_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        job: _job_pb2.JobRef | None = ...,
+        public_key: _builtins.bytes = ...,
+        serial: _builtins.int = ...,
+        created_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "job", b"job", "public_key", b"public_key", "serial", b"serial"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeyRotation: _TypeAlias = KeyRotation  # noqa: Y015
+
+@_typing.final
+class SignedKeyRotation(_message.Message):
+    """The exact rotation bytes and a signature over b"longshore.rotation.v1\\0" + rotation by the key before it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROTATION_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    rotation: _builtins.bytes
+    key_id: _builtins.str
+    signature: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        rotation: _builtins.bytes = ...,
+        key_id: _builtins.str = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id", "rotation", b"rotation", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignedKeyRotation: _TypeAlias = SignedKeyRotation  # noqa: Y015
+
+@_typing.final
+class RotateKeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROTATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def rotation(self) -> Global___SignedKeyRotation: ...
+    def __init__(
+        self,
+        *,
+        rotation: Global___SignedKeyRotation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rotation", b"rotation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rotation", b"rotation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateKeyRequest: _TypeAlias = RotateKeyRequest  # noqa: Y015
+
+@_typing.final
+class RotateKeyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateKeyResponse: _TypeAlias = RotateKeyResponse  # noqa: Y015
+
+@_typing.final
+class GetKeysRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> _job_pb2.JobRef: ...
+    def __init__(
+        self,
+        *,
+        job: _job_pb2.JobRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetKeysRequest: _TypeAlias = GetKeysRequest  # noqa: Y015
+
+@_typing.final
+class GetKeysResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    ROTATIONS_FIELD_NUMBER: _builtins.int
+    public_key: _builtins.bytes
+    """The key that the job was registered with."""
+    @_builtins.property
+    def rotations(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedKeyRotation]: ...
+    def __init__(
+        self,
+        *,
+        public_key: _builtins.bytes = ...,
+        rotations: _abc.Iterable[Global___SignedKeyRotation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["public_key", b"public_key", "rotations", b"rotations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetKeysResponse: _TypeAlias = GetKeysResponse  # noqa: Y015
+
+@_typing.final
 class PublishRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -493,20 +637,32 @@ class GetVersionRequest(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     WEIGHT_SET_FIELD_NUMBER: _builtins.int
+    HAVE_FIELD_NUMBER: _builtins.int
+    CODECS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     weight_set: Global___WeightSet.ValueType
     @_builtins.property
     def job(self) -> _job_pb2.JobRef: ...
+    @_builtins.property
+    def have(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Versions whose tensors the caller holds, proven: a path may start from any of them. At most 64."""
+
+    @_builtins.property
+    def codecs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Codecs that the caller can decode; "safetensors" always. The path uses no other."""
+
     def __init__(
         self,
         *,
         job: _job_pb2.JobRef | None = ...,
         version: _builtins.int = ...,
         weight_set: Global___WeightSet.ValueType = ...,
+        have: _abc.Iterable[_builtins.int] | None = ...,
+        codecs: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "version", b"version", "weight_set", b"weight_set"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codecs", b"codecs", "have", b"have", "job", b"job", "version", b"version", "weight_set", b"weight_set"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -518,23 +674,60 @@ class GetVersionResponse(_message.Message):
 
     MANIFEST_FIELD_NUMBER: _builtins.int
     ENCODINGS_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def manifest(self) -> Global___SignedManifest: ...
     @_builtins.property
-    def encodings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Encoding]: ...
+    def encodings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Encoding]:
+        """Every encoding of this version on hand."""
+
+    @_builtins.property
+    def path(self) -> _containers.RepeatedCompositeFieldContainer[Global___PathStep]:
+        """The fewest bytes from one of `have` to this version: each encoding is decoded against the result of the one before.
+        The first is full, or a delta whose base the caller has. Empty when the caller has the version, or when there is no
+        way: then the version cannot be fetched.
+        """
+
     def __init__(
         self,
         *,
         manifest: Global___SignedManifest | None = ...,
         encodings: _abc.Iterable[Global___Encoding] | None = ...,
+        path: _abc.Iterable[Global___PathStep] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encodings", b"encodings", "manifest", b"manifest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encodings", b"encodings", "manifest", b"manifest", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetVersionResponse: _TypeAlias = GetVersionResponse  # noqa: Y015
+
+@_typing.final
+class PathStep(_message.Message):
+    """One encoding on the way to a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """What the encoding decodes to."""
+    @_builtins.property
+    def encoding(self) -> Global___Encoding: ...
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        encoding: Global___Encoding | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PathStep: _TypeAlias = PathStep  # noqa: Y015
 
 @_typing.final
 class FetchRequest(_message.Message):
@@ -592,19 +785,35 @@ class WatchRequest(_message.Message):
 
     JOB_FIELD_NUMBER: _builtins.int
     POINTER_FIELD_NUMBER: _builtins.int
+    PUSH_FIELD_NUMBER: _builtins.int
+    HAVE_FIELD_NUMBER: _builtins.int
+    CODECS_FIELD_NUMBER: _builtins.int
     pointer: _builtins.str
     """"head" when empty."""
+    push: _builtins.bool
+    """Send each version's manifest and the bytes of its path too: while they are being published, where the caller can
+    use them, so that a version costs half a round trip after its bytes.
+    """
     @_builtins.property
     def job(self) -> _job_pb2.JobRef: ...
+    @_builtins.property
+    def have(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """With push: as in GetVersionRequest. Every version that was pushed whole counts as held from then on."""
+
+    @_builtins.property
+    def codecs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
         job: _job_pb2.JobRef | None = ...,
         pointer: _builtins.str = ...,
+        push: _builtins.bool = ...,
+        have: _abc.Iterable[_builtins.int] | None = ...,
+        codecs: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "pointer", b"pointer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codecs", b"codecs", "have", b"have", "job", b"job", "pointer", b"pointer", "push", b"push"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -615,22 +824,66 @@ class WatchResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     POINTER_FIELD_NUMBER: _builtins.int
+    PUSH_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    PUSH_BROKEN_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """Only with push: bytes of the path's encodings, one after another in the path's order, at most 1 MiB each."""
+    push_broken: _builtins.bool
+    """Only with push: the bytes of the version that was begun will not all come. Ask for it by GetVersion and Fetch."""
     @_builtins.property
     def pointer(self) -> Global___SignedPointer:
-        """Unset in the first message when the pointer does not exist yet."""
+        """Where the pointer stands now. Unset in the first message when it does not exist yet. With push it follows its
+        version's bytes; a version that is pushed but never pointed to was not published, and must not be served.
+        """
+
+    @_builtins.property
+    def push(self) -> Global___VersionPush:
+        """Only with push: begins a version."""
 
     def __init__(
         self,
         *,
         pointer: Global___SignedPointer | None = ...,
+        push: Global___VersionPush | None = ...,
+        chunk: _builtins.bytes = ...,
+        push_broken: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["pointer", b"pointer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_push", b"_push", "pointer", b"pointer", "push", b"push"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pointer", b"pointer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_push", b"_push", "chunk", b"chunk", "pointer", b"pointer", "push", b"push", "push_broken", b"push_broken"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__push: _TypeAlias = _typing.Literal["push"]  # noqa: Y015
+    _WhichOneofArgType__push: _TypeAlias = _typing.Literal["_push", b"_push"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__push) -> _WhichOneofReturnType__push | None: ...
+
+Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
+
+@_typing.final
+class VersionPush(_message.Message):
+    """A version whose bytes follow."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def manifest(self) -> Global___SignedManifest: ...
+    @_builtins.property
+    def path(self) -> _containers.RepeatedCompositeFieldContainer[Global___PathStep]: ...
+    def __init__(
+        self,
+        *,
+        manifest: Global___SignedManifest | None = ...,
+        path: _abc.Iterable[Global___PathStep] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
+Global___VersionPush: _TypeAlias = VersionPush  # noqa: Y015
 
 @_typing.final
 class SetPointerRequest(_message.Message):

@@ -42,6 +42,16 @@ class WeightsServiceStub:
                 request_serializer=longshore_dot_proto_dot_v1_dot_weights__pb2.RegisterKeyRequest.SerializeToString,
                 response_deserializer=longshore_dot_proto_dot_v1_dot_weights__pb2.RegisterKeyResponse.FromString,
                 _registered_method=True)
+        self.RotateKey = channel.unary_unary(
+                '/longshore.proto.v1.WeightsService/RotateKey',
+                request_serializer=longshore_dot_proto_dot_v1_dot_weights__pb2.RotateKeyRequest.SerializeToString,
+                response_deserializer=longshore_dot_proto_dot_v1_dot_weights__pb2.RotateKeyResponse.FromString,
+                _registered_method=True)
+        self.GetKeys = channel.unary_unary(
+                '/longshore.proto.v1.WeightsService/GetKeys',
+                request_serializer=longshore_dot_proto_dot_v1_dot_weights__pb2.GetKeysRequest.SerializeToString,
+                response_deserializer=longshore_dot_proto_dot_v1_dot_weights__pb2.GetKeysResponse.FromString,
+                _registered_method=True)
         self.Publish = channel.stream_unary(
                 '/longshore.proto.v1.WeightsService/Publish',
                 request_serializer=longshore_dot_proto_dot_v1_dot_weights__pb2.PublishRequest.SerializeToString,
@@ -90,19 +100,37 @@ class WeightsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RotateKey(self, request, context):
+        """Hands a job's signing over to another key. The rotation is signed by the key that is newest so far; manifests and
+        pointers that older keys signed stay valid, new ones must bear the newest key. FAILED_PRECONDITION when the serial
+        does not follow the newest rotation's; the very same rotation again answers OK.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetKeys(self, request, context):
+        """The key that the job was registered with and every rotation since, oldest first. A reader starts from a key that it
+        was given when its site joined, and checks the chain from there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Publish(self, request_iterator, context):
         """Publishes one version: a header, then the encoding's bytes in chunks. Atomic and idempotent: the same manifest
         bytes again answer OK. ALREADY_EXISTS (another manifest holds the number), FAILED_PRECONDITION (older learner
-        epoch, or a head serial that does not grow), INVALID_ARGUMENT (signature, checksum or size does not match, or the
-        key is not registered), RESOURCE_EXHAUSTED (disk full).
+        epoch, or a head serial that does not grow), NOT_FOUND (the store cannot read the delta's base: publish a full
+        encoding), INVALID_ARGUMENT (signature, checksum or size does not match, or the key is not registered),
+        RESOURCE_EXHAUSTED (disk full).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetVersion(self, request, context):
-        """The signed manifest of one version and the encodings that can be fetched. NOT_FOUND when it was never published
-        or has been retired.
+        """The signed manifest of one version, and the cheapest way to it from what the caller has. NOT_FOUND when it was never
+        published or has been retired.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,7 +145,7 @@ class WeightsServiceServicer:
 
     def Watch(self, request, context):
         """Sends the pointer's present state at once and again whenever it moves. A receiver that is slow gets the newest state,
-        not every one. Ends when the store drains: watch again.
+        not every one. Ends when the store drains: watch again. With `push` the bytes come along, before they are asked for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,6 +173,16 @@ def add_WeightsServiceServicer_to_server(servicer, server):
                     servicer.RegisterKey,
                     request_deserializer=longshore_dot_proto_dot_v1_dot_weights__pb2.RegisterKeyRequest.FromString,
                     response_serializer=longshore_dot_proto_dot_v1_dot_weights__pb2.RegisterKeyResponse.SerializeToString,
+            ),
+            'RotateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateKey,
+                    request_deserializer=longshore_dot_proto_dot_v1_dot_weights__pb2.RotateKeyRequest.FromString,
+                    response_serializer=longshore_dot_proto_dot_v1_dot_weights__pb2.RotateKeyResponse.SerializeToString,
+            ),
+            'GetKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetKeys,
+                    request_deserializer=longshore_dot_proto_dot_v1_dot_weights__pb2.GetKeysRequest.FromString,
+                    response_serializer=longshore_dot_proto_dot_v1_dot_weights__pb2.GetKeysResponse.SerializeToString,
             ),
             'Publish': grpc.stream_unary_rpc_method_handler(
                     servicer.Publish,
@@ -207,6 +245,60 @@ class WeightsService:
             '/longshore.proto.v1.WeightsService/RegisterKey',
             longshore_dot_proto_dot_v1_dot_weights__pb2.RegisterKeyRequest.SerializeToString,
             longshore_dot_proto_dot_v1_dot_weights__pb2.RegisterKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/longshore.proto.v1.WeightsService/RotateKey',
+            longshore_dot_proto_dot_v1_dot_weights__pb2.RotateKeyRequest.SerializeToString,
+            longshore_dot_proto_dot_v1_dot_weights__pb2.RotateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/longshore.proto.v1.WeightsService/GetKeys',
+            longshore_dot_proto_dot_v1_dot_weights__pb2.GetKeysRequest.SerializeToString,
+            longshore_dot_proto_dot_v1_dot_weights__pb2.GetKeysResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,21 +42,31 @@ class WeightsServiceStub:
     FAILED_PRECONDITION when the job has another key. Who may call it is decided by the transport: on loopback only the
     machine's owner can reach it, elsewhere mutual TLS is required.
     """
+    RotateKey: _grpc.UnaryUnaryMultiCallable[_weights_pb2.RotateKeyRequest, _weights_pb2.RotateKeyResponse]
+    """Hands a job's signing over to another key. The rotation is signed by the key that is newest so far; manifests and
+    pointers that older keys signed stay valid, new ones must bear the newest key. FAILED_PRECONDITION when the serial
+    does not follow the newest rotation's; the very same rotation again answers OK.
+    """
+    GetKeys: _grpc.UnaryUnaryMultiCallable[_weights_pb2.GetKeysRequest, _weights_pb2.GetKeysResponse]
+    """The key that the job was registered with and every rotation since, oldest first. A reader starts from a key that it
+    was given when its site joined, and checks the chain from there.
+    """
     Publish: _grpc.StreamUnaryMultiCallable[_weights_pb2.PublishRequest, _weights_pb2.PublishResponse]
     """Publishes one version: a header, then the encoding's bytes in chunks. Atomic and idempotent: the same manifest
     bytes again answer OK. ALREADY_EXISTS (another manifest holds the number), FAILED_PRECONDITION (older learner
-    epoch, or a head serial that does not grow), INVALID_ARGUMENT (signature, checksum or size does not match, or the
-    key is not registered), RESOURCE_EXHAUSTED (disk full).
+    epoch, or a head serial that does not grow), NOT_FOUND (the store cannot read the delta's base: publish a full
+    encoding), INVALID_ARGUMENT (signature, checksum or size does not match, or the key is not registered),
+    RESOURCE_EXHAUSTED (disk full).
     """
     GetVersion: _grpc.UnaryUnaryMultiCallable[_weights_pb2.GetVersionRequest, _weights_pb2.GetVersionResponse]
-    """The signed manifest of one version and the encodings that can be fetched. NOT_FOUND when it was never published
-    or has been retired.
+    """The signed manifest of one version, and the cheapest way to it from what the caller has. NOT_FOUND when it was never
+    published or has been retired.
     """
     Fetch: _grpc.UnaryStreamMultiCallable[_weights_pb2.FetchRequest, _weights_pb2.FetchResponse]
     """Streams the bytes of an encoding or of an asset bundle from `offset`, so that a broken transfer resumes."""
     Watch: _grpc.UnaryStreamMultiCallable[_weights_pb2.WatchRequest, _weights_pb2.WatchResponse]
     """Sends the pointer's present state at once and again whenever it moves. A receiver that is slow gets the newest state,
-    not every one. Ends when the store drains: watch again.
+    not every one. Ends when the store drains: watch again. With `push` the bytes come along, before they are asked for.
     """
     SetPointer: _grpc.UnaryUnaryMultiCallable[_weights_pb2.SetPointerRequest, _weights_pb2.SetPointerResponse]
     """Moves a pointer (head, pins, channels, rollback). FAILED_PRECONDITION unless the serial grows; the very same pointer
@@ -79,21 +89,31 @@ class WeightsServiceAsyncStub(WeightsServiceStub):
     FAILED_PRECONDITION when the job has another key. Who may call it is decided by the transport: on loopback only the
     machine's owner can reach it, elsewhere mutual TLS is required.
     """
+    RotateKey: _aio.UnaryUnaryMultiCallable[_weights_pb2.RotateKeyRequest, _weights_pb2.RotateKeyResponse]  # type: ignore[assignment]
+    """Hands a job's signing over to another key. The rotation is signed by the key that is newest so far; manifests and
+    pointers that older keys signed stay valid, new ones must bear the newest key. FAILED_PRECONDITION when the serial
+    does not follow the newest rotation's; the very same rotation again answers OK.
+    """
+    GetKeys: _aio.UnaryUnaryMultiCallable[_weights_pb2.GetKeysRequest, _weights_pb2.GetKeysResponse]  # type: ignore[assignment]
+    """The key that the job was registered with and every rotation since, oldest first. A reader starts from a key that it
+    was given when its site joined, and checks the chain from there.
+    """
     Publish: _aio.StreamUnaryMultiCallable[_weights_pb2.PublishRequest, _weights_pb2.PublishResponse]  # type: ignore[assignment]
     """Publishes one version: a header, then the encoding's bytes in chunks. Atomic and idempotent: the same manifest
     bytes again answer OK. ALREADY_EXISTS (another manifest holds the number), FAILED_PRECONDITION (older learner
-    epoch, or a head serial that does not grow), INVALID_ARGUMENT (signature, checksum or size does not match, or the
-    key is not registered), RESOURCE_EXHAUSTED (disk full).
+    epoch, or a head serial that does not grow), NOT_FOUND (the store cannot read the delta's base: publish a full
+    encoding), INVALID_ARGUMENT (signature, checksum or size does not match, or the key is not registered),
+    RESOURCE_EXHAUSTED (disk full).
     """
     GetVersion: _aio.UnaryUnaryMultiCallable[_weights_pb2.GetVersionRequest, _weights_pb2.GetVersionResponse]  # type: ignore[assignment]
-    """The signed manifest of one version and the encodings that can be fetched. NOT_FOUND when it was never published
-    or has been retired.
+    """The signed manifest of one version, and the cheapest way to it from what the caller has. NOT_FOUND when it was never
+    published or has been retired.
     """
     Fetch: _aio.UnaryStreamMultiCallable[_weights_pb2.FetchRequest, _weights_pb2.FetchResponse]  # type: ignore[assignment]
     """Streams the bytes of an encoding or of an asset bundle from `offset`, so that a broken transfer resumes."""
     Watch: _aio.UnaryStreamMultiCallable[_weights_pb2.WatchRequest, _weights_pb2.WatchResponse]  # type: ignore[assignment]
     """Sends the pointer's present state at once and again whenever it moves. A receiver that is slow gets the newest state,
-    not every one. Ends when the store drains: watch again.
+    not every one. Ends when the store drains: watch again. With `push` the bytes come along, before they are asked for.
     """
     SetPointer: _aio.UnaryUnaryMultiCallable[_weights_pb2.SetPointerRequest, _weights_pb2.SetPointerResponse]  # type: ignore[assignment]
     """Moves a pointer (head, pins, channels, rollback). FAILED_PRECONDITION unless the serial grows; the very same pointer
@@ -121,6 +141,27 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def RotateKey(
+        self,
+        request: _weights_pb2.RotateKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weights_pb2.RotateKeyResponse, _abc.Awaitable[_weights_pb2.RotateKeyResponse]]:
+        """Hands a job's signing over to another key. The rotation is signed by the key that is newest so far; manifests and
+        pointers that older keys signed stay valid, new ones must bear the newest key. FAILED_PRECONDITION when the serial
+        does not follow the newest rotation's; the very same rotation again answers OK.
+        """
+
+    @_abc_1.abstractmethod
+    def GetKeys(
+        self,
+        request: _weights_pb2.GetKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weights_pb2.GetKeysResponse, _abc.Awaitable[_weights_pb2.GetKeysResponse]]:
+        """The key that the job was registered with and every rotation since, oldest first. A reader starts from a key that it
+        was given when its site joined, and checks the chain from there.
+        """
+
+    @_abc_1.abstractmethod
     def Publish(
         self,
         request_iterator: _MaybeAsyncIterator[_weights_pb2.PublishRequest],
@@ -128,8 +169,9 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_weights_pb2.PublishResponse, _abc.Awaitable[_weights_pb2.PublishResponse]]:
         """Publishes one version: a header, then the encoding's bytes in chunks. Atomic and idempotent: the same manifest
         bytes again answer OK. ALREADY_EXISTS (another manifest holds the number), FAILED_PRECONDITION (older learner
-        epoch, or a head serial that does not grow), INVALID_ARGUMENT (signature, checksum or size does not match, or the
-        key is not registered), RESOURCE_EXHAUSTED (disk full).
+        epoch, or a head serial that does not grow), NOT_FOUND (the store cannot read the delta's base: publish a full
+        encoding), INVALID_ARGUMENT (signature, checksum or size does not match, or the key is not registered),
+        RESOURCE_EXHAUSTED (disk full).
         """
 
     @_abc_1.abstractmethod
@@ -138,8 +180,8 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _weights_pb2.GetVersionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_weights_pb2.GetVersionResponse, _abc.Awaitable[_weights_pb2.GetVersionResponse]]:
-        """The signed manifest of one version and the encodings that can be fetched. NOT_FOUND when it was never published
-        or has been retired.
+        """The signed manifest of one version, and the cheapest way to it from what the caller has. NOT_FOUND when it was never
+        published or has been retired.
         """
 
     @_abc_1.abstractmethod
@@ -157,7 +199,7 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_weights_pb2.WatchResponse], _abc.AsyncIterator[_weights_pb2.WatchResponse]]:
         """Sends the pointer's present state at once and again whenever it moves. A receiver that is slow gets the newest state,
-        not every one. Ends when the store drains: watch again.
+        not every one. Ends when the store drains: watch again. With `push` the bytes come along, before they are asked for.
         """
 
     @_abc_1.abstractmethod

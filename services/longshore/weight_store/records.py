@@ -11,10 +11,10 @@ import google.protobuf.message
 from longshore.errors import IntegrityError, NotFound
 from longshore.proto.v1 import weights_pb2
 from longshore.types import JobRef
-from longshore.weights import layout
-from longshore.weights.layout import VersionKey
-from longshore.weights.objects import Objects
-from longshore.weights.version import PointerState, parse_manifest, pointer_state
+from longshore.weight_store import layout
+from longshore.weight_store.layout import VersionKey
+from longshore.weight_store.objects import Objects
+from longshore.weight_store.version import PointerState, parse_manifest, pointer_state
 
 M = TypeVar("M", bound=google.protobuf.message.Message)
 

@@ -22,12 +22,12 @@ from longshore.errors import Conflict, Fenced, IntegrityError, NotFound, Rejecte
 from longshore.proto.v1 import weights_pb2
 from longshore.rpc import convert
 from longshore.types import JobRef
-from longshore.weights import layout, payload, retention
-from longshore.weights.hub import State
-from longshore.weights.layout import VersionKey
-from longshore.weights.objects import Objects
-from longshore.weights.records import Records
-from longshore.weights.version import (
+from longshore.weight_store import layout, payload, retention
+from longshore.weight_store.hub import State
+from longshore.weight_store.layout import VersionKey
+from longshore.weight_store.objects import Objects
+from longshore.weight_store.records import Records
+from longshore.weight_store.version import (
     HEAD,
     PointerState,
     open_manifest,

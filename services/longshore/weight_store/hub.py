@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from longshore.proto.v1 import weights_pb2
 from longshore.types import JobRef
-from longshore.weights.version import PointerState
+from longshore.weight_store.version import PointerState
 
 # Where a pointer stands; None while it does not exist.
 State = tuple[PointerState, weights_pb2.SignedPointer] | None

@@ -10,12 +10,12 @@ from longshore.errors import Conflict, Fenced, IntegrityError, NotFound, Rejecte
 from longshore.proto.v1 import weights_pb2
 from longshore.signing import SigningKey
 from longshore.types import JobRef
-from longshore.weights.layout import VersionKey, blob_path, pointer_path
-from longshore.weights.objects import open_objects
+from longshore.weight_store.layout import VersionKey, blob_path, pointer_path
+from longshore.weight_store.objects import open_objects
+from longshore.weight_store.payload import Tensor
+from longshore.weight_store.store import POLICY, WeightStore
+from longshore.weight_store.version import VersionDraft, build_manifest, sign_manifest, sign_pointer, tensor_infos
 from longshore.weights.parcel import Parcel, pack
-from longshore.weights.payload import Tensor
-from longshore.weights.store import POLICY, WeightStore
-from longshore.weights.version import VersionDraft, build_manifest, sign_manifest, sign_pointer, tensor_infos
 
 JOB = JobRef("p", "j")
 KEY = SigningKey.generate()

@@ -4,9 +4,9 @@ import pytest
 
 from longshore.proto.v1 import weights_pb2
 from longshore.types import JobRef
-from longshore.weights.layout import VersionKey
-from longshore.weights.objects import StoredObject
-from longshore.weights.retention import GRACE_S, removable
+from longshore.weight_store.layout import VersionKey
+from longshore.weight_store.objects import StoredObject
+from longshore.weight_store.retention import GRACE_S, removable
 
 JOB = JobRef("p", "j")
 NOW = 1_000_000.0

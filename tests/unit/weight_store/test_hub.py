@@ -4,8 +4,8 @@ import asyncio
 
 from longshore.proto.v1 import weights_pb2
 from longshore.types import JobRef
-from longshore.weights.hub import PointerHub, State
-from longshore.weights.version import PointerState
+from longshore.weight_store.hub import PointerHub, State
+from longshore.weight_store.version import PointerState
 
 JOB = JobRef("p", "j")
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longshore.errors import IntegrityError, Rejected
-from longshore.weights import bundle
+from longshore.weight_store import bundle
 
 FILES = {"tokenizer.json": b"{}" * 10, "config.json": b'{"a": 1}', "special_tokens_map.json": b""}
 

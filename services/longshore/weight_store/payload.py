@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
 
+import blake3
+
 from longshore.errors import IntegrityError
 
 CODEC = "safetensors"
@@ -43,7 +45,8 @@ class TensorInfo:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    sha256: bytes
+    # BLAKE3 of the tensor's bytes.
+    blake3: bytes
 
     @property
     def num_bytes(self) -> int:
@@ -62,7 +65,7 @@ def tensor_info(tensor: Tensor) -> TensorInfo:
     expected = num_bytes(tensor.dtype, tensor.shape)
     if len(tensor.data) != expected:
         raise ValueError(f"tensor {tensor.name}: {len(tensor.data)} bytes, its shape and dtype need {expected}")
-    return TensorInfo(tensor.name, tensor.dtype, tensor.shape, hashlib.sha256(tensor.data).digest())
+    return TensorInfo(tensor.name, tensor.dtype, tensor.shape, blake3.blake3(tensor.data).digest())
 
 
 def max_payload_bytes(infos: Sequence[TensorInfo]) -> int:
@@ -117,7 +120,7 @@ def check(file: IO[bytes], sha256: bytes, infos: Sequence[TensorInfo]) -> None:
     whole.update(header)
     _check_header(header, infos)
     for info in infos:
-        own = hashlib.sha256()
+        own = blake3.blake3()
         left = info.num_bytes
         while left:
             block = _taken(file, min(left, _BLOCK))
@@ -146,13 +149,13 @@ def decode(payload: bytes | bytearray, infos: Sequence[TensorInfo]) -> tuple[Ten
     for info in infos:
         data = bytes(view[start : start + info.num_bytes])
         start += info.num_bytes
-        _compare(hashlib.sha256(data).digest(), info)
+        _compare(blake3.blake3(data).digest(), info)
         tensors.append(Tensor(info.name, info.dtype, info.shape, data))
     return tuple(tensors)
 
 
 def _compare(digest: bytes, info: TensorInfo) -> None:
-    if digest != info.sha256:
+    if digest != info.blake3:
         raise IntegrityError(f"tensor {info.name} does not match its checksum in the manifest")
 
 

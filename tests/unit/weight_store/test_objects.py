@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from longshore.errors import ConfigError, Conflict, NotFound, Unavailable
-from longshore.weights.objects import Objects, StorageFull, open_objects
+from longshore.weight_store.objects import Objects, StorageFull, open_objects
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -72,7 +72,7 @@ def test_a_full_disk_is_told_apart(objects: Objects, monkeypatch: pytest.MonkeyP
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("longshore.weights.objects.obstore.put", full)
+    monkeypatch.setattr("longshore.weight_store.objects.obstore.put", full)
     with pytest.raises(StorageFull):
         objects.put("x", b"1")
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longshore.errors import IntegrityError
-from longshore.weights import payload
-from longshore.weights.payload import Tensor, TensorInfo
+from longshore.weight_store import payload
+from longshore.weight_store.payload import Tensor, TensorInfo
 
 TENSORS = [
     Tensor("b.weight", "float32", (2, 3), bytes(range(24))),

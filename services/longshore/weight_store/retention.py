@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 
 from longshore.types import JobRef
-from longshore.weights import layout
-from longshore.weights.layout import VersionKey
-from longshore.weights.objects import StoredObject
+from longshore.weight_store import layout
+from longshore.weight_store.layout import VersionKey
+from longshore.weight_store.objects import StoredObject
 
 # A publish that is under way has its bytes in place before its manifest.
 GRACE_S = 600.0

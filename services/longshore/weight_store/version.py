@@ -18,7 +18,7 @@ from longshore.errors import IntegrityError, Rejected
 from longshore.proto.v1 import weights_pb2
 from longshore.rpc import convert
 from longshore.types import JobRef
-from longshore.weights.payload import DTYPES, Tensor, TensorInfo, tensor_info
+from longshore.weight_store.payload import DTYPES, Tensor, TensorInfo, tensor_info
 
 HEAD = "head"
 _SCHEMA_VERSION = 1
@@ -90,7 +90,7 @@ def checksum_of(tensors: Sequence[Tensor]) -> str:
 
 def combined_checksum(infos: Sequence[TensorInfo]) -> str:
     """Hex SHA-256 over the tensors' checksums in order."""
-    return hashlib.sha256(b"".join(info.sha256 for info in infos)).hexdigest()
+    return hashlib.sha256(b"".join(info.blake3 for info in infos)).hexdigest()
 
 
 def layout_digest(infos: Sequence[TensorInfo]) -> bytes:
@@ -121,7 +121,7 @@ def build_manifest(
             learner_epoch=draft.learner_epoch,
         ),
         tensors=[
-            weights_pb2.TensorInfo(name=info.name, dtype=info.dtype, shape=info.shape, sha256=info.sha256)
+            weights_pb2.TensorInfo(name=info.name, dtype=info.dtype, shape=info.shape, blake3=info.blake3)
             for info in infos
         ],
         layout_sha256=layout_digest(infos),
@@ -218,7 +218,7 @@ def pointer_state(signed: weights_pb2.SignedPointer) -> PointerState:
 
 def tensor_infos(manifest: weights_pb2.Manifest) -> list[TensorInfo]:
     """The manifest's tensors, in its order."""
-    return [TensorInfo(item.name, item.dtype, tuple(item.shape), item.sha256) for item in manifest.tensors]
+    return [TensorInfo(item.name, item.dtype, tuple(item.shape), item.blake3) for item in manifest.tensors]
 
 
 def policy_version(manifest: weights_pb2.Manifest, tensors: tuple[Tensor, ...] | None) -> PolicyVersion:
