@@ -17,7 +17,6 @@ import torch
 from benchmarks.stragglers_load import Course, Load, Watch
 from benchmarks.stragglers_site import write_version
 from longshore.config import JobSpec, TasksSpec
-from longshore.learner.batch import TrainSequence
 from longshore.learner.batch_log import BatchLog
 from longshore.learner.broker_link import BrokerLink
 from longshore.learner.intake import Intake, Limits
@@ -27,6 +26,7 @@ from longshore.learner.parts import Parts
 from longshore.learner.progress import Progress
 from longshore.learner.publisher import Lineage, Publisher
 from longshore.learner.reporter import Reporter
+from longshore.learner.sequences import TrainSequence
 from longshore.learner.trainer import Trainer
 from longshore.rollout_queue import broker
 from longshore.rollout_queue.ledger import LedgerCounts

@@ -12,13 +12,14 @@ import structlog
 
 from longshore.learner import metrics
 from longshore.learner.advantage import ZERO_VARIANCE, group_advantages, has_signal, late_advantage
-from longshore.learner.batch import TrainSequence, sequences_of
 from longshore.learner.batch_log import BatchLog, BatchRecord
 from longshore.learner.disk import when_there_is_room
 from longshore.learner.groups import Ending, Group, LateMember
 from longshore.learner.ledger import TRAINED
 from longshore.learner.parts import Parts
+from longshore.learner.sequences import TrainSequence, sequences_of
 from longshore.learner.statistics import rewards_of
+from longshore.types import Rollout
 
 log = structlog.get_logger()
 
@@ -64,19 +65,21 @@ class Batches:
 
     def credit(self, batch: Batch) -> list[TrainSequence]:
         """The batch's sequences with their advantages. What has no signal has no gradient and is left out."""
-        sequences: list[TrainSequence] = []
+        credited: list[tuple[Rollout, float]] = []
         for group in batch.groups:
             rewards = rewards_of(group)
-            if not has_signal(rewards):
-                continue
-            advantages = group_advantages(rewards, self._train.advantage)
-            for (_, rollout), advantage in zip(group.members, advantages, strict=True):
-                sequences += sequences_of(rollout, advantage)
+            if has_signal(rewards):
+                advantages = group_advantages(rewards, self._train.advantage)
+                credited += zip([rollout for _, rollout in group.members], advantages, strict=True)
         for member in batch.late:
             advantage = self._late_advantage(member)
             if abs(advantage) > ZERO_VARIANCE:
-                sequences += sequences_of(member.rollout, advantage)
-        return sequences
+                credited.append((member.rollout, advantage))
+        return [
+            sequence
+            for position, (rollout, advantage) in enumerate(credited)
+            for sequence in sequences_of(rollout, [advantage] * rollout.num_sampled, position=position)
+        ]
 
     def settle(self, batch: Batch) -> list[Ending]:
         """Closes the books on a batch that was trained on."""

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from longshore.config import TrainSpec
-from longshore.learner.batch import MicroBatch, TrainSequence, micro_batches
+from longshore.learner.batch import MicroBatch, micro_batches
 from longshore.learner.objective import ObjectiveFn, build_objective
+from longshore.learner.sequences import TrainSequence
 
 # Padded tokens of one forward pass: bounds memory, not what is learned.
 MICRO_BATCH_TOKENS = 16_384
@@ -79,13 +80,14 @@ class Trainer:
 
     def _accumulate(self, micro: MicroBatch, total: int, policy_version: int, sums: StepSums) -> None:
         logp, entropy = token_logprobs(self.policy, micro)
-        result = self.objective(logp, micro.behaviour, micro.advantages)
-        (result.loss.sum() / total).backward()
+        streams = micro.streams
+        result = self.objective(logp, streams.behaviour, streams.advantages)
+        ((result.loss * streams.weights).sum() / total).backward()
         with torch.no_grad():
-            log_ratio = logp - micro.behaviour
+            log_ratio = logp - streams.behaviour
             ratio = log_ratio.exp()
             kl = ratio - 1 - log_ratio
-            same = micro.versions == policy_version
+            same = streams.versions == policy_version
             sums.tokens += logp.numel()
             sums.loss += float(result.loss.sum())
             sums.entropy += float(entropy.sum())
@@ -121,7 +123,7 @@ def token_logprobs(policy: torch.nn.Module, micro: MicroBatch) -> tuple[Tensor, 
     Logits are made only where a sampled token was predicted, in float32.
     """
     hidden = policy.model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
-    logits = policy.lm_head(hidden[micro.rows, micro.columns]).float() / micro.temperature[:, None]
+    logits = policy.lm_head(hidden[micro.rows, micro.columns]).float() / micro.streams.temperature[:, None]
     log_probs = functional.log_softmax(logits, dim=-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1).detach()
     return log_probs.gather(1, micro.targets[:, None]).squeeze(1), entropy

@@ -7,10 +7,11 @@ import torch
 from builders import TASK, rollout
 
 from longshore.config import NewModel, TrainSpec
-from longshore.learner.batch import sequences_of
+from longshore.learner.batch import micro_batches
 from longshore.learner.batch_log import BatchLog, BatchRecord
 from longshore.learner.checkpoint import load_newest, restore_snapshot, take_snapshot, write_checkpoint
 from longshore.learner.model import _new_model, character_tokenizer
+from longshore.learner.sequences import sequences_of
 from longshore.learner.trainer import Trainer, canary_logprobs, token_logprobs
 
 SPEC = TrainSpec(steps=10, learning_rate=1e-3)
@@ -28,8 +29,8 @@ def new_trainer(tokenizer, seed=0):
 
 
 def batch():
-    good = sequences_of(rollout(0, 0, prompt=(5, 6, 9), reply=(7, 8, 1), logprobs=(-2.0, -3.0, -1.5)), 1.0)
-    bad = sequences_of(rollout(0, 1, prompt=(5, 6, 9), reply=(9, 1), logprobs=(-3.0, -2.5)), -1.0)
+    good = sequences_of(rollout(0, 0, prompt=(5, 6, 9), reply=(7, 8, 1), logprobs=(-2.0, -3.0, -1.5)), [1.0] * 3)
+    bad = sequences_of(rollout(0, 1, prompt=(5, 6, 9), reply=(9, 1), logprobs=(-3.0, -2.5)), [-1.0] * 2)
     return good + bad
 
 
@@ -106,7 +107,7 @@ def test_a_half_written_checkpoint_is_not_seen(tokenizer, tmp_path):
 def test_a_gradient_that_is_not_a_number_is_skipped_and_said(tokenizer):
     trainer = new_trainer(tokenizer)
     before = bits(trainer)
-    poison = sequences_of(rollout(0, 0, logprobs=(-0.5, float("nan"))), 1.0)
+    poison = sequences_of(rollout(0, 0, logprobs=(-0.5, float("nan"))), [1.0] * 2)
     assert trainer.step(1, poison, 0)["optim/skipped"] == 1
     assert bits(trainer) == before
 
@@ -119,14 +120,12 @@ def test_a_batch_without_signal_changes_nothing(tokenizer):
 
 
 def test_log_probs_are_at_the_temperature_of_the_sample(tokenizer):
-    from longshore.learner.batch import micro_batches
-
     trainer = new_trainer(tokenizer)
     (micro,) = micro_batches(batch()[:1], 1000)
     plain, _ = token_logprobs(trainer.policy, micro)
     logits = trainer.policy(torch.tensor([[5, 6, 9, 7, 8, 1]])).logits[0]
     assert torch.allclose(plain, torch.log_softmax(logits, -1)[[2, 3, 4], [7, 8, 1]], atol=1e-6)
-    micro.temperature.fill_(2.0)
+    micro.streams.temperature.fill_(2.0)
     cooled, _ = token_logprobs(trainer.policy, micro)
     assert torch.allclose(cooled, torch.log_softmax(logits / 2, -1)[[2, 3, 4], [7, 8, 1]], atol=1e-6)
 
