@@ -20,6 +20,7 @@ from longshore.errors import ConfigError, Conflict, IntegrityError
 
 MANIFEST_DOMAIN = b"longshore.manifest.v1\0"
 POINTER_DOMAIN = b"longshore.pointer.v1\0"
+ROTATION_DOMAIN = b"longshore.rotation.v1\0"
 
 PUBLIC_KEY_BYTES = 32
 

@@ -1,6 +1,7 @@
 """Where things lie in the object store, and which names may become part of a path.
 
-<project>/<job>/keys/<key id>                                   32 raw bytes
+<project>/<job>/keys/<key id>                                   32 raw bytes: the first key
+                rotations/<serial>                              SignedKeyRotation
                 keep                                            decimal number
                 assets/<sha256>                                 asset bundle
                 blobs/<sha256>                                  encoding's bytes
@@ -56,6 +57,14 @@ def key_path(job: JobRef, key_id: str) -> str:
 
 def keys_prefix(job: JobRef) -> str:
     return f"{job_prefix(job)}/keys"
+
+
+def rotation_path(job: JobRef, serial: int) -> str:
+    return f"{rotations_prefix(job)}/{serial:06d}"
+
+
+def rotations_prefix(job: JobRef) -> str:
+    return f"{job_prefix(job)}/rotations"
 
 
 def keep_path(job: JobRef) -> str:

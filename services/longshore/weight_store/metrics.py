@@ -23,3 +23,12 @@ REMOVED_OBJECTS = Counter(
     "longshore_weights_removed_objects_total", "Objects that retention removed", ["project", "job"]
 )
 RETENTION_FAILURES = Counter("longshore_weights_retention_failures_total", "Retention runs that failed")
+PATHS = Counter(
+    "longshore_weights_paths_total",
+    "Ways to a version that were planned, by kind: nothing, delta, merged, deltas, full, anchored, unreachable",
+    ["project", "job", "kind"],
+)
+HOST_COPY_BYTES = Gauge("longshore_weights_host_copy_bytes", "Tensors that are held as host copies")
+DAMAGED_ENCODINGS = Counter(
+    "longshore_weights_damaged_encodings_total", "Encodings whose bytes were found gone or wrong", ["project", "job"]
+)

@@ -107,8 +107,11 @@ def blocks(parts: Sequence[bytes], size: int = _BLOCK) -> Iterator[bytes]:
         yield bytes(block)
 
 
-def check(file: IO[bytes], sha256: bytes, infos: Sequence[TensorInfo]) -> None:
+def check(file: IO[bytes], sha256: bytes, infos: Sequence[TensorInfo], *, keep: bool = False) -> tuple[Tensor, ...]:
     """Reads a payload from the file's start, once, and checks it and every tensor against their checksums.
+
+    Returns:
+        The tensors with `keep`; without, nothing, and memory for one block is needed.
 
     Raises:
         IntegrityError: naming the first thing that does not match.
@@ -120,19 +123,26 @@ def check(file: IO[bytes], sha256: bytes, infos: Sequence[TensorInfo]) -> None:
     whole.update(length)
     whole.update(header)
     _check_header(header, infos)
+    tensors = []
     for info in infos:
         own = blake3.blake3()
+        kept = bytearray()
         left = info.num_bytes
         while left:
             block = _taken(file, min(left, _BLOCK))
             left -= len(block)
             own.update(block)
             whole.update(block)
+            if keep:
+                kept += block
         _compare(own.digest(), info)
+        if keep:
+            tensors.append(Tensor(info.name, info.dtype, info.shape, bytes(kept)))
     if file.read(1):
         raise IntegrityError("the payload goes on after its last tensor")
     if whole.digest() != sha256:
         raise IntegrityError("the payload does not match its SHA-256")
+    return tuple(tensors)
 
 
 def decode(

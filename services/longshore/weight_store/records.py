@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -32,6 +31,11 @@ class Records:
         except NotFound:
             raise IntegrityError(f"{key_id} is not a registered key of {job}") from None
 
+    def rotations(self, job: JobRef) -> list[weights_pb2.SignedKeyRotation]:
+        """The job's key rotations, oldest first."""
+        paths = sorted(item.path for item in self._objects.list(layout.rotations_prefix(job)))
+        return [_parsed(weights_pb2.SignedKeyRotation(), self._objects.get(path)) for path in paths]
+
     def keep(self, job: JobRef) -> int:
         """Newest versions that the job's retention keeps."""
         try:
@@ -50,22 +54,12 @@ class Records:
     def manifest(self, job: JobRef, key: VersionKey) -> weights_pb2.Manifest:
         return parse_manifest(self.version(job, key).manifest.manifest)
 
-    def encodings(self, job: JobRef, key: VersionKey) -> list[weights_pb2.Encoding]:
-        """None for a version that does not exist."""
-        found = []
-        for item in self._objects.list(layout.encodings_prefix(job, key)):
-            with contextlib.suppress(NotFound):
-                found.append(_parsed(weights_pb2.Encoding(), self._objects.get(item.path)))
-        return found
-
-    def numbers(self, job: JobRef, weight_set: int) -> list[int]:
-        """The versions of a weight set that exist, newest first."""
-        found = []
-        for item in self._objects.list(layout.versions_prefix(job, weight_set)):
-            key = layout.version_of(job, item.path)
-            if key is not None and item.path.endswith("/manifest"):
-                found.append(key.version)
-        return sorted(found, reverse=True)
+    def encoding(self, path: str) -> weights_pb2.Encoding:
+        """Raises IntegrityError when the record is not the one that its name says."""
+        encoding = _parsed(weights_pb2.Encoding(), self._objects.get(path))
+        if encoding.sha256.hex() != path.rpartition("/")[2]:
+            raise IntegrityError(f"the stored encoding {path} is damaged")
+        return encoding
 
     def pointer(self, job: JobRef, name: str) -> tuple[PointerState, weights_pb2.SignedPointer] | None:
         """None while there is none."""

@@ -25,11 +25,13 @@ from longshore.weight_store import metrics
 from longshore.weight_store.hub import PointerHub
 from longshore.weight_store.layout import VersionKey
 from longshore.weight_store.objects import StorageFull
+from longshore.weight_store.planner import path_kind
 from longshore.weight_store.store import Admission, VersionTaken, WeightStore
 from longshore.weight_store.version import HEAD, PointerState
 
 SERVICE = "longshore.proto.v1.WeightsService"
 MAX_CHUNK_BYTES = 1024 * 1024
+MAX_HAVE = 64
 SPOOL_BYTES = 8 * 1024 * 1024
 # One read of the store gives several chunks, because each is a request where the store is remote.
 _READ_BYTES = 4 * MAX_CHUNK_BYTES
@@ -65,6 +67,20 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         return weights_pb2.RegisterKeyResponse()
 
     @rpc_method
+    async def RotateKey(  # noqa: N802 - the contract's name
+        self, request: weights_pb2.RotateKeyRequest, context: Context
+    ) -> weights_pb2.RotateKeyResponse:
+        await asyncio.to_thread(self._store.rotate_key, request.rotation)
+        return weights_pb2.RotateKeyResponse()
+
+    @rpc_method
+    async def GetKeys(  # noqa: N802 - the contract's name
+        self, request: weights_pb2.GetKeysRequest, context: Context
+    ) -> weights_pb2.GetKeysResponse:
+        first, rotations = await asyncio.to_thread(self._store.keys, convert.job_from_proto(request.job))
+        return weights_pb2.GetKeysResponse(public_key=first, rotations=rotations)
+
+    @rpc_method
     async def Publish(  # noqa: N802 - the contract's name
         self, requests: AsyncIterator[weights_pb2.PublishRequest], context: Context
     ) -> weights_pb2.PublishResponse:
@@ -82,8 +98,13 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     ) -> weights_pb2.GetVersionResponse:
         key = VersionKey(request.weight_set, request.version)
         job = convert.job_from_proto(request.job)
+        if len(request.have) > MAX_HAVE:
+            raise Rejected("have", f"{len(request.have)} versions; at most {MAX_HAVE} may be named")
         manifest, encodings = await asyncio.to_thread(self._store.version, job, key)
-        return weights_pb2.GetVersionResponse(manifest=manifest, encodings=encodings)
+        steps = await asyncio.to_thread(self._store.path, job, key, set(request.have), set(request.codecs))
+        metrics.PATHS.labels(job.project, job.job, path_kind(steps)).inc()
+        path = [weights_pb2.PathStep(version=step.version, encoding=step.encoding) for step in steps or ()]
+        return weights_pb2.GetVersionResponse(manifest=manifest, encodings=encodings, path=path)
 
     @rpc_stream
     async def Fetch(  # noqa: N802 - the contract's name

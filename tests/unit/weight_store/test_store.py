@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+from weight_parcels import JOB, KEY, Bench, full_parcel
 
 from longshore.errors import Conflict, Fenced, IntegrityError, NotFound, Rejected
 from longshore.proto.v1 import weights_pb2
@@ -15,31 +16,7 @@ from longshore.weight_store.objects import open_objects
 from longshore.weight_store.payload import Tensor
 from longshore.weight_store.store import POLICY, WeightStore
 from longshore.weight_store.version import VersionDraft, build_manifest, sign_manifest, sign_pointer, tensor_infos
-from longshore.weights.parcel import Parcel, pack
-
-JOB = JobRef("p", "j")
-KEY = SigningKey.generate()
-
-
-class Bench:
-    def __init__(self) -> None:
-        self.now = 1_000.0
-        self.objects = open_objects("memory:///")
-        self.store = self.restarted()
-        self.store.register_key(JOB, KEY.public_key, keep=2)
-
-    def restarted(self) -> WeightStore:
-        self.store = WeightStore(self.objects, clock=lambda: self.now)
-        return self.store
-
-    def publish(self, parcel: Parcel) -> bool:
-        return self.store.commit(self.store.admit(parcel.header), io.BytesIO(b"".join(parcel.parts)))
-
-    def pin(self, name: str, version: int, expires_at: float, serial: int = 1) -> None:
-        self.store.set_pointer(sign_pointer(KEY, JOB, name, version, serial, expires_at))
-
-    def numbers(self) -> list[int]:
-        return self.store.versions(JOB, POLICY, None, 100)
+from longshore.weights.parcel import Parcel
 
 
 @pytest.fixture
@@ -49,15 +26,7 @@ def bench() -> Bench:
 
 def parcel(version: int, serial: int | None = None, epoch: int = 1, seed: int | None = None) -> Parcel:
     data = bytes([version if seed is None else seed] * 8)
-    draft = VersionDraft(version, version, epoch, None, (), 1.0)
-    tensors = [Tensor("w", "float32", (2,), data)]
-    return pack(JOB, KEY, draft, tensors, {"config.json": b"{}"}, version if serial is None else serial)
-
-
-def head(bench: Bench) -> int:
-    state = bench.store.pointer(JOB, "head")
-    assert state is not None
-    return state[0].version
+    return full_parcel(version, [Tensor("w", "float32", (2,), data)], serial=serial, epoch=epoch)
 
 
 def test_an_interrupted_head_is_finished_after_a_restart(bench: Bench) -> None:
@@ -66,15 +35,15 @@ def test_an_interrupted_head_is_finished_after_a_restart(bench: Bench) -> None:
     bench.publish(parcel(1))
     bench.objects.put(pointer_path(JOB, "head"), before)
     bench.restarted()
-    assert head(bench) == 1
+    assert bench.head() == 1
 
 
 def test_a_rollback_survives_a_restart(bench: Bench) -> None:
     bench.publish(parcel(0))
     bench.publish(parcel(1))
-    bench.pin("head", 0, 2e9, serial=50)
+    bench.point("head", 0, 2e9, serial=50)
     bench.restarted()
-    assert head(bench) == 0
+    assert bench.head() == 0
 
 
 def test_head_counts_for_fencing_when_it_was_rolled_back_to_a_newer_epoch(bench: Bench) -> None:
@@ -83,7 +52,7 @@ def test_head_counts_for_fencing_when_it_was_rolled_back_to_a_newer_epoch(bench:
     with pytest.raises(Fenced):
         bench.publish(parcel(6, serial=7, epoch=1))
     bench.publish(parcel(6, serial=8, epoch=2))
-    assert head(bench) == 6
+    assert bench.head() == 6
 
 
 def test_what_happens_between_header_and_payload_is_seen(bench: Bench) -> None:
@@ -107,7 +76,7 @@ def test_encodings_of_a_publish_that_was_cut_off_are_not_offered(bench: Bench) -
 
 def test_a_pin_holds_its_version_until_it_expires(bench: Bench) -> None:
     bench.publish(parcel(0))
-    bench.pin("pin/best", 0, expires_at=2_000.0)
+    bench.point("pin/best", 0, expires_at=2_000.0)
     for number in range(1, 5):
         bench.publish(parcel(number))
     bench.store.collect(JOB)
@@ -120,8 +89,8 @@ def test_a_pin_holds_its_version_until_it_expires(bench: Bench) -> None:
 def test_serving_and_head_hold_their_versions_for_ever(bench: Bench) -> None:
     for number in range(5):
         bench.publish(parcel(number))
-    bench.pin("serving", 1, expires_at=2_000.0)
-    bench.pin("head", 0, expires_at=2_000.0, serial=99)
+    bench.point("serving", 1, expires_at=2_000.0)
+    bench.point("head", 0, expires_at=2_000.0, serial=99)
     bench.now = 3_000.0
     bench.store.collect(JOB)
     assert bench.numbers() == [4, 3, 1, 0]
