@@ -6,21 +6,22 @@ itself (does the file exist, is the verifier installed) are in `tasks/check.py`.
 
 from __future__ import annotations
 
-import copy
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-import pydantic
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from longshore.documents import MAX_BYTES, parse_yaml
 from longshore.errors import Fault, InvalidJobSpec
+from longshore.job_faults import Misfit, parse, refuse
 
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, description="1-40 characters of a-z, 0-9 and -")]
 Json = dict[str, object]
 # The site that has the learner; every other one is named in a job's `sites`.
 HOME_SITE = "home"
+_MODEL_PARTS = ("model.kind", "model.path", "model.max_context")
 
 
 class Spec(BaseModel):
@@ -44,10 +45,14 @@ class NewModel(Spec):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> NewModel:
+        misfits = []
         if self.hidden_size % (2 * self.heads):
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 * heads ({2 * self.heads})")
+            message = f"must be a multiple of 2 * heads ({2 * self.heads})"
+            misfits.append(Misfit("hidden_size", self.hidden_size, message, ("heads",)))
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+            message = f"must divide heads {self.heads}"
+            misfits.append(Misfit("kv_heads", self.kv_heads, message, ("heads",)))
+        refuse(misfits)
         return self
 
 
@@ -220,34 +225,34 @@ class JobSpec(Spec):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> JobSpec:
-        # One ValueError a rule would hide the others, so the messages are collected.
-        faults = []
+        misfits = []
         if self.evaluation.tasks and not self.tasks.heldout_fraction:
-            faults.append("evaluation.tasks needs tasks.heldout_fraction > 0: nothing would be held out")
-        if isinstance(self.model, NewModel) and self.sampling.max_new_tokens >= self.model.max_context:
-            faults.append(
-                f"sampling.max_new_tokens {self.sampling.max_new_tokens} must be below model.max_context "
-                f"{self.model.max_context}: the prompt needs room too"
-            )
-        if self.environment.name == "single-turn" and self.environment.max_turns != 1:
-            faults.append("environment.max_turns must be 1 with environment.name single-turn")
+            message = "needs tasks.heldout_fraction > 0: nothing would be held out"
+            misfits.append(Misfit("evaluation.tasks", self.evaluation.tasks, message, ("tasks.heldout_fraction",)))
+        reply = self.sampling.max_new_tokens
+        if isinstance(self.model, NewModel) and reply >= self.model.max_context:
+            message = f"must be below model.max_context {self.model.max_context}: the prompt needs room too"
+            misfits.append(Misfit("sampling.max_new_tokens", reply, message, _MODEL_PARTS))
+        turns = self.environment.max_turns
+        if self.environment.name == "single-turn" and turns != 1:
+            message = "must be 1 with environment.name single-turn"
+            misfits.append(Misfit("environment.max_turns", turns, message, ("environment.name",)))
         if self.train.warmup_steps > self.train.steps:
-            faults.append(
-                f"train.warmup_steps {self.train.warmup_steps} must not exceed train.steps {self.train.steps}"
-            )
-        faults += self._site_faults()
-        if faults:
-            raise ValueError("; ".join(faults))
+            message = f"must not exceed train.steps {self.train.steps}"
+            misfits.append(Misfit("train.warmup_steps", self.train.warmup_steps, message, ("train.steps",)))
+        refuse(misfits + self._site_misfits())
         return self
 
-    def _site_faults(self) -> list[str]:
+    def _site_misfits(self) -> list[Misfit]:
         names = [site.name for site in self.sites]
-        faults = [f"sites: the name {name!r} is there twice" for name in sorted(set(names)) if names.count(name) > 1]
+        misfits = [
+            Misfit("sites", name, "a name is there twice", ()) for name in sorted(set(names)) if names.count(name) > 1
+        ]
         if HOME_SITE in names:
-            faults.append(f"sites: {HOME_SITE!r} is the home site's name")
+            misfits.append(Misfit("sites", HOME_SITE, "this is the home site's name; take another", ()))
         if not self.resources.actors and not names:
-            faults.append("resources.actors 0 needs sites: nobody would make rollouts")
-        return faults
+            misfits.append(Misfit("resources.actors", 0, "0 needs sites: nobody would make rollouts", ("sites",)))
+        return misfits
 
 
 def parse_job(document: object) -> JobSpec:
@@ -256,88 +261,46 @@ def parse_job(document: object) -> JobSpec:
     Raises:
         InvalidJobSpec: with every fault, by path.
     """
+    spec, faults = parse_what_stands(document)
+    if faults or spec is None:
+        raise InvalidJobSpec(faults)
+    return spec
+
+
+def parse_what_stands(document: object) -> tuple[JobSpec | None, list[Fault]]:
+    """As parse_job, without raising: every fault, and the job as it would be without its faulty parts, so that the
+    rest can be checked in the same go; None when too little is left."""
     if not isinstance(document, dict):
-        raise InvalidJobSpec(
-            [Fault("(document)", document, "must be a mapping of keys; see examples/first-light.yaml")]
-        )
-    try:
-        return JobSpec.model_validate(document)
-    except pydantic.ValidationError as error:
-        raise InvalidJobSpec([_fault(entry) for entry in error.errors(include_url=False)]) from None
-
-
-def salvage(document: object, faults: list[Fault]) -> JobSpec | None:
-    """The job as it would be without its faulty parts, so that the rest can be checked in the same go.
-
-    None when too little is left: a required part is missing or cannot stand without what was wrong.
-    """
-    if not isinstance(document, dict):
-        return None
-    rest: Json = copy.deepcopy(document)
-    for fault in faults:
-        _remove(rest, fault.path.split("."))
+        return None, [Fault("(document)", document, _NO_MAPPING)]
     # What every job must say for itself, and what nothing else depends on.
-    rest.setdefault("name", "unnamed")
-    train = rest.setdefault("train", {})
-    if isinstance(train, dict):
-        train.setdefault("steps", 1)
-    try:
-        return JobSpec.model_validate(rest)
-    except pydantic.ValidationError:
-        return None
-
-
-def _remove(document: object, path: list[str]) -> None:
-    for step in path[:-1]:
-        document = document.get(step) if isinstance(document, dict) else None
-    if isinstance(document, dict):
-        document.pop(path[-1], None)
+    return parse(JobSpec, document, {"name": "unnamed", "train": {"steps": 1}, "verifier": {"name": "exact-match"}})
 
 
 def load_job(path: Path) -> Json:
     """Reads a YAML or JSON job file and makes its relative paths absolute, from the file's own folder.
 
     Raises:
-        InvalidJobSpec: the file is missing, is not YAML, or is not a mapping.
+        InvalidJobSpec: the file is missing or too large, is not YAML, or is not a mapping.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise InvalidJobSpec([Fault(str(path), path.name, f"cannot be read: {error.strerror}")]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise InvalidJobSpec([Fault(str(path), path.name, f"is not YAML: {where}")]) from None
+    if len(data) > MAX_BYTES:
+        raise InvalidJobSpec([Fault(str(path), path.name, f"is larger than {MAX_BYTES} bytes")])
+    try:
+        # JSON is YAML.
+        document = parse_yaml(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise InvalidJobSpec([Fault(str(path), path.name, f"is not a job in YAML: {error}")]) from None
     if not isinstance(document, dict):
-        raise InvalidJobSpec([Fault(str(path), document, "must be a mapping of keys; see examples/first-light.yaml")])
+        raise InvalidJobSpec([Fault(str(path), document, _NO_MAPPING)])
     for part in ("tasks", "model"):
         section = document.get(part)
-        if isinstance(section, dict) and isinstance(section.get("path"), str):
-            section["path"] = str((path.parent / section["path"]).resolve())
+        if isinstance(section, dict) and isinstance(place := section.get("path"), str) and "\0" not in place:
+            section["path"] = os.path.realpath(path.parent / place)
     return document
 
 
-def _fault(entry: object) -> Fault:
-    assert isinstance(entry, dict)
-    where = ".".join(str(part) for part in entry["loc"] if part not in ("new", "directory", "dppo", "clip")) or "(job)"
-    if entry["type"] == "extra_forbidden":
-        return Fault(where, entry["input"], f"unknown key; allowed here: {', '.join(_allowed(entry['loc']))}")
-    if entry["type"] == "missing":
-        # pydantic gives the part around it as the value.
-        return Fault(where, None, "is required")
-    return Fault(where, entry["input"], entry["msg"].removeprefix("Value error, "))
-
-
-def _allowed(loc: tuple[object, ...]) -> list[str]:
-    """Keys that the part holding an unknown key does know."""
-    part: type[BaseModel] = JobSpec
-    for step in loc[:-1]:
-        variants = {"new": NewModel, "directory": DirectoryModel, "dppo": DppoObjective, "clip": ClipObjective}
-        known = part.model_fields.get(str(step))
-        annotation = known.annotation if known else variants.get(str(step))
-        nested = [item for item in (annotation, *getattr(annotation, "__args__", ())) if _is_spec(item)]
-        part = nested[0] if nested else part
-    return sorted(part.model_fields)
-
-
-def _is_spec(item: object) -> bool:
-    return isinstance(item, type) and issubclass(item, BaseModel)
+_NO_MAPPING = "must be a mapping of keys; see examples/first-light.yaml"

@@ -17,7 +17,12 @@ ValueError and assertions are for programming mistakes; these are for the world'
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
+
+# A value may be of any size; all of it is never written out.
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 80
 
 
 class LongshoreError(Exception):
@@ -36,7 +41,7 @@ class Fault:
     message: str
 
     def __str__(self) -> str:
-        shown = repr(self.value)
+        shown = _BRIEF.repr(self.value)
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
         return f"{self.path}: {self.message} (got {shown})"
 

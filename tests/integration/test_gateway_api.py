@@ -86,6 +86,11 @@ async def test_every_error_is_a_problem(bench: GatewayBench) -> None:
         ("application/yaml", b"a: [", 400),
         ("application/yaml", b"a: &x [1]\nb: *x\n", 400),
         ("application/yaml", b"- " * 3000, 400),
+        # As deep as a body has room for: an hour's work for a parser that follows it.
+        ("application/yaml", b"[" * 1024 * 1024, 400),
+        ("application/json", b'{"name": "a", "name": "b"}', 400),
+        ("application/json", b'{"name": "\\ud800", "\\udfff": "\\ud800"}', 422),
+        ("application/json", b'{"seed": 1' + b"0" * 4000 + b"}", 422),
         ("application/json", b" " * (1024 * 1024 + 1), 413),
         ("text/html", b"{}", 415),
         ("application/json", b"[]", 422),
@@ -109,6 +114,15 @@ async def test_all_faults_of_a_spec_are_listed(bench: GatewayBench) -> None:
     assert {fault["path"] for fault in faults} == {"train.steps", "train.group_size", "train.stepz", "seed"}
     assert "group_size" in next(fault["message"] for fault in faults if fault["path"] == "train.stepz")
     assert "4 faults" in str(problem["detail"])
+
+
+async def test_a_body_full_of_faults_gets_a_short_answer(bench: GatewayBench) -> None:
+    async with bench.http() as http:
+        problem = problem_of(await http.post("/v1/jobs", json=document() | {f"k{n}": n for n in range(5000)}), 422)
+    faults = problem["faults"]
+    assert isinstance(faults, list)
+    assert len(faults) == 200
+    assert problem["detail"] == "the job has 5000 faults; the first 200 are listed"
 
 
 async def test_faults_of_the_check_refuse_the_job_too(bench: GatewayBench) -> None:

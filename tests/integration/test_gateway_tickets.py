@@ -176,6 +176,8 @@ async def test_a_verdict_reaches_the_learner_once(bench: GatewayBench, job) -> N
         (b'{"ticket": "0.1", "reward": 1}', "verifier"),
         (b'{"ticket": "0.1", "reward": 1, "verifier": "x", "rewardz": 1}', "rewardz"),
         (b'{"ticket": "0.1", "reward": 1, "verifier": "x", "breakdown": {"a": Infinity}}', "breakdown"),
+        (b'{"ticket": "0.1", "reward": 1, "verifier": "\\ud800"}', "body.verifier"),
+        (b'{"ticket": "0.1", "reward": 1, "verifier": "x", "breakdown": {"\\ud800": 1}}', "breakdown"),
         (b"[]", "body"),
         (b"{", None),
     ],

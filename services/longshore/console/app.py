@@ -66,12 +66,9 @@ def down() -> int:
 @app.command(sort_key=4)
 def submit(job_file: JobFile, /, *, seed: Seed = None) -> int:
     """Give the running stack a job, and print the job's id."""
-    from longshore.config import parse_job
     from longshore.console import commands, local
 
-    document = local.load_with_seed(job_file, seed)
-    parse_job(document)
-    return _await(commands.submit(document))
+    return _await(commands.submit(local.load_with_seed(job_file, seed)))
 
 
 @app.command(sort_key=5)

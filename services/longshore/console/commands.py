@@ -8,10 +8,12 @@ from datetime import datetime
 from typing import Any
 
 from longshore.client import ApiClient, connect
+from longshore.config import parse_job
 from longshore.console.follow import EXIT_OK, follow_job
 from longshore.console.screen import Screen
 from longshore.console.tables import aligned
-from longshore.launcher.state_dir import default_state_dir
+from longshore.documents import unplain
+from longshore.launcher.state_dir import default_state_dir, read_up
 
 
 def open_client() -> ApiClient:
@@ -20,7 +22,10 @@ def open_client() -> ApiClient:
 
 
 async def submit(document: dict[str, Any]) -> int:
-    """Prints the id alone on stdout, for scripts; the hint goes to stderr."""
+    """Prints the id alone on stdout, for scripts; the hint goes to stderr. Raises InvalidJobSpec with every fault."""
+    if unplain(document) or read_up(default_state_dir()) is None:
+        # Nobody can be asked who knows what is installed; what can be told without is.
+        parse_job(document)
     async with open_client() as client:
         job = await client.submit(document)
     sys.stdout.write(f"{job['id']}\n")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
-import yaml
 from starlette.requests import Request
 
+from longshore.documents import MAX_BYTES, parse_json, parse_yaml
 from longshore.gateway.problems import Problem
 
-MAX_BODY_BYTES = 1024 * 1024
 _READ_TIMEOUT_S = 30.0
 _JSON = "application/json"
 _YAML = ("application/yaml", "application/x-yaml", "text/yaml")
@@ -23,7 +21,11 @@ async def read_document(request: Request) -> object:
         raise Problem(415, f"send application/json or application/yaml, not {media_type}")
     text = await _read(request)
     # In a thread: a megabyte of YAML takes a while.
-    return await asyncio.to_thread(_parse_json if media_type == _JSON else _parse_yaml, text)
+    name, parse = ("JSON", parse_json) if media_type == _JSON else ("YAML", parse_yaml)
+    try:
+        return await asyncio.to_thread(parse, text)
+    except ValueError as error:
+        raise Problem(400, f"the body is not a document in {name}: {error}") from None
 
 
 async def _read(request: Request) -> str:
@@ -32,28 +34,11 @@ async def _read(request: Request) -> str:
         async with asyncio.timeout(_READ_TIMEOUT_S):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > MAX_BODY_BYTES:
-                    raise Problem(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+                if len(body) > MAX_BYTES:
+                    raise Problem(413, f"the body is larger than {MAX_BYTES} bytes")
     except TimeoutError:
         raise Problem(408, f"the body did not arrive within {_READ_TIMEOUT_S:.0f} s") from None
     try:
         return body.decode("utf-8")
     except UnicodeDecodeError:
         raise Problem(400, "the body is not UTF-8") from None
-
-
-def _parse_json(text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Problem(400, f"the body is not JSON: {error}") from None
-
-
-def _parse_yaml(text: str) -> object:
-    try:
-        # An alias lets a short text stand for a document of any size.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise Problem(400, "the body uses YAML aliases; write the values out")
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Problem(400, f"the body is not YAML: {' '.join(str(error).split())}") from None

@@ -17,6 +17,8 @@ log = structlog.get_logger()
 
 MEDIA_TYPE = "application/problem+json"
 _MAX_VALUE_CHARACTERS = 1000
+# Faults in one answer; whoever has more of them sees these first.
+_MAX_FAULTS = 200
 _STATUSES: list[tuple[type[errors.LongshoreError], int]] = [
     (errors.InvalidJobSpec, 422),
     (errors.NotFound, 404),
@@ -26,6 +28,13 @@ _STATUSES: list[tuple[type[errors.LongshoreError], int]] = [
 ]
 
 
+class _AsciiResponse(JSONResponse):
+    """JSON in ASCII: half characters of a stranger's text have no UTF-8."""
+
+    def render(self, content: object) -> bytes:
+        return json.dumps(content, allow_nan=False).encode("ascii")
+
+
 class Problem(HTTPException):
     """An error with a status of HTTP's own: 401, 413, 415."""
 
@@ -33,7 +42,7 @@ class Problem(HTTPException):
 def problem(status: int, detail: str, headers: dict[str, str] | None = None, **more: object) -> JSONResponse:
     """A problem document; `more` are further members."""
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
-    return JSONResponse(body, status, headers, MEDIA_TYPE)
+    return _AsciiResponse(body, status, headers, MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:
@@ -57,8 +66,10 @@ def install(app: FastAPI) -> None:
     async def on_longshore(request: Request, error: errors.LongshoreError) -> JSONResponse:
         status = next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)
         if isinstance(error, errors.InvalidJobSpec):
-            faults = _plain_faults(error.faults)
-            return problem(status, f"the job has {len(faults)} fault{'s' * (len(faults) != 1)}", faults=faults)
+            number = len(error.faults)
+            listed = f"; the first {_MAX_FAULTS} are listed" if number > _MAX_FAULTS else ""
+            detail = f"the job has {number} fault{'s' * (number != 1)}{listed}"
+            return problem(status, detail, faults=_plain_faults(error.faults))
         return problem(status, str(error))
 
     @app.exception_handler(Exception)
@@ -69,7 +80,9 @@ def install(app: FastAPI) -> None:
 
 
 def _plain_faults(faults: list[errors.Fault]) -> list[dict[str, object]]:
-    return [{"path": fault.path, "value": _plain(fault.value), "message": fault.message} for fault in faults]
+    return [
+        {"path": fault.path, "value": _plain(fault.value), "message": fault.message} for fault in faults[:_MAX_FAULTS]
+    ]
 
 
 def _plain(value: object) -> object:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ConfigDict, Field
 
+from longshore.documents import unplain
 from longshore.gateway.body import read_document
 from longshore.gateway.books import Books
 from longshore.gateway.store import JobStore
@@ -133,6 +134,12 @@ class TicketRoutes:
 
 
 def _verdict(document: object) -> VerdictBody:
+    if unplain(document):
+        wrong = [
+            {"loc": ("body", *fault.path.split(".")), "input": fault.value, "msg": fault.message}
+            for fault in unplain(document)
+        ]
+        raise RequestValidationError(wrong)
     try:
         return VerdictBody.model_validate(document)
     except pydantic.ValidationError as error:

@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from longshore.config import DirectoryModel, JobSpec, parse_job, salvage
+from longshore.config import DirectoryModel, JobSpec, parse_what_stands
 from longshore.errors import Fault, InvalidJobSpec, PluginError
+from longshore.job_faults import is_told
 from longshore.tasks import registry
 from longshore.tasks.environment import declaration_fault
 from longshore.tasks.source import TaskSource, scan_heldout, scan_limit, too_few
@@ -27,16 +28,11 @@ def check_document(document: object) -> JobSpec:
     Raises:
         InvalidJobSpec: with every fault, those of the document and those of the world in one list.
     """
-    try:
-        spec = parse_job(document)
-    except InvalidJobSpec as error:
-        rest = salvage(document, error.faults)
-        seen = {fault.path for fault in error.faults}
-        more = [fault for fault in check_job(rest) if fault.path not in seen] if rest else []
-        raise InvalidJobSpec(error.faults + more) from None
-    faults = check_job(spec)
-    if faults:
-        raise InvalidJobSpec(faults)
+    spec, faults = parse_what_stands(document)
+    told = {fault.path for fault in faults}
+    more = [fault for fault in check_job(spec) if not is_told(fault.path, told)] if spec else []
+    if spec is None or faults or more:
+        raise InvalidJobSpec(faults + more)
     return spec
 
 

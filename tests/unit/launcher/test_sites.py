@@ -39,9 +39,9 @@ def test_a_site_has_what_it_says_and_the_rest_as_in_resources() -> None:
 @pytest.mark.parametrize(
     ("sites", "resources", "words"),
     [
-        ([{"name": "west"}, {"name": "west"}], {}, "the name 'west' is there twice"),
-        ([{"name": "home"}], {}, "'home' is the home site's name"),
-        ([], {"actors": 0}, "resources.actors 0 needs sites"),
+        ([{"name": "west"}, {"name": "west"}], {}, "sites: a name is there twice (got 'west')"),
+        ([{"name": "home"}], {}, "sites: this is the home site's name"),
+        ([], {"actors": 0}, "resources.actors: 0 needs sites"),
         ([{"name": "West Coast"}], {}, "sites.0.name"),
         ([{"name": "west", "actors": 0}], {}, "sites.0.actors"),
         ([{"name": "west", "actor": 1}], {}, "allowed here: actors, allowance, generator_slots, name"),
