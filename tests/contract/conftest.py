@@ -40,6 +40,11 @@ class WeightsBench:
     def blobs(self) -> list[Path]:
         return sorted((self.job_folder / "blobs").iterdir())
 
+    @property
+    def full_blobs(self) -> list[Path]:
+        """Without the deltas that the store makes in the background."""
+        return [path for path in self.blobs if path.read_bytes()[:4] != b"LSD\x01"]
+
     async def start(self) -> None:
         self._stop = asyncio.Event()
         settings = WeightsSettings(listen=self.address, store_url=str(self.folder), drain_s=2.0)

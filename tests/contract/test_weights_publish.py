@@ -235,7 +235,7 @@ async def test_retention_keeps_the_newest_and_what_pointers_name(weights) -> Non
     for version in range(1, 7):
         await weights.publish(client, version)
     assert await client.versions() == [6, 5, 4, 0]
-    assert len(weights.blobs) == 4
+    assert len(weights.full_blobs) == 4
     for version in (0, 4, 6):
         assert (await client.fetch(version)).tensors == tuple(weights.tensors(version))
     with pytest.raises(NotFound):

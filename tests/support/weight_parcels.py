@@ -22,10 +22,10 @@ from longshore.weights.parcel import Parcel, pack
 
 JOB = JobRef("p", "j")
 KEY = SigningKey.generate()
-SIZE = 4000
+SIZE = 10_000
 
 
-def history(count: int, size: int = SIZE, seed: int = 1) -> list[list[Tensor]]:
+def history(count: int, size: int = SIZE, seed: int = 1, edits: int = 10) -> list[list[Tensor]]:
     """Tensors of versions 0, 1, ...: each differs from the one before in a few places of the first tensor."""
     source = random.Random(seed)
     weights = bytearray(source.randbytes(size))
@@ -33,7 +33,7 @@ def history(count: int, size: int = SIZE, seed: int = 1) -> list[list[Tensor]]:
     versions = []
     for _ in range(count):
         versions.append([Tensor("w", "bfloat16", (size // 2,), bytes(weights)), fixed])
-        for place in source.sample(range(size // 2), max(1, size // 400)):
+        for place in source.sample(range(size // 2), edits):
             weights[2 * place] ^= 1
     return versions
 

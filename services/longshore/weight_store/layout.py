@@ -44,9 +44,14 @@ class VersionKey:
 def job_prefix(job: JobRef) -> str:
     """Raises Rejected for a project or job whose name cannot be a folder's."""
     for name in (job.project, job.job):
-        if not _NAME.fullmatch(name):
+        if not is_name(name):
             raise Rejected("name", f"{name!r} is not a project's or job's name")
     return f"{job.project}/{job.job}"
+
+
+def is_name(name: str) -> bool:
+    """Whether a project or a job may have this name."""
+    return _NAME.fullmatch(name) is not None
 
 
 def key_path(job: JobRef, key_id: str) -> str:

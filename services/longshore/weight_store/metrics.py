@@ -23,6 +23,14 @@ REMOVED_OBJECTS = Counter(
     "longshore_weights_removed_objects_total", "Objects that retention removed", ["project", "job"]
 )
 RETENTION_FAILURES = Counter("longshore_weights_retention_failures_total", "Retention runs that failed")
+BACKGROUND_ENCODINGS = Counter(
+    "longshore_weights_background_encodings_total",
+    "Encodings (full, delta, merged) by what became of them: made, not_smaller, no_memory, or why they failed",
+    ["project", "job", "kind", "result"],
+)
+BACKGROUND_BYTES = Counter(
+    "longshore_weights_background_bytes_total", "Bytes of encodings made in the background", ["project", "job", "kind"]
+)
 PATHS = Counter(
     "longshore_weights_paths_total",
     "Ways to a version that were planned, by kind: nothing, delta, merged, deltas, full, anchored, unreachable",

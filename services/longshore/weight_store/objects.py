@@ -76,6 +76,12 @@ class Objects:
         with _translated(path):
             return bytes(obstore.get_range(self._store, path, start=start, length=length))
 
+    def folders(self, prefix: str) -> list[str]:
+        """Names of what lies directly below a prefix ("" for everything) and has something below itself."""
+        with _translated(prefix):
+            found = obstore.list_with_delimiter(self._store, prefix or None)
+        return sorted(path.rpartition("/")[2] for path in found["common_prefixes"])
+
     def list(self, prefix: str) -> list[StoredObject]:
         """Everything below a prefix, in no order."""
         with _translated(prefix):

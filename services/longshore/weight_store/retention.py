@@ -23,8 +23,10 @@ from longshore.weight_store.planner import cheapest_path
 GRACE_S = 600.0
 # Versions whose merged deltas are kept, counted from the newest.
 RECENT = 8
-# Versions whose single deltas are kept while all of them together are no larger than a full encoding.
+# Versions whose single deltas are kept, while all of them together are no larger than so many full encodings: beyond
+# that, a full one is about as good.
 HISTORY = 64 + RECENT
+HISTORY_FULLS = 2
 
 Encodings = Mapping[int, Sequence[weights_pb2.Encoding]]
 
@@ -103,7 +105,7 @@ def wanted(encodings: Encodings, keep: int, named: Collection[int]) -> dict[int,
 def _history(encodings: Encodings, newest: Sequence[int]) -> list[tuple[int, bytes]]:
     """The chain of single deltas that ends at the newest version, as far back as it pays to keep it."""
     full = [item.size for items in encodings.values() for item in items if item.kind == weights_pb2.ENCODING_KIND_FULL]
-    room = min(full, default=0)
+    room = HISTORY_FULLS * min(full, default=0)
     found: list[tuple[int, bytes]] = []
     for version in newest[:HISTORY]:
         single = min(

@@ -36,8 +36,8 @@ from longshore.weight_store.version import HEAD, PointerState, open_manifest, pa
 
 __all__ = ["POLICY", "Admission", "VersionTaken", "WeightStore"]
 
-# Host copies held at a time where the caller does not say: a head's and its predecessor's, and what merging needs.
-_COPIES = 16
+# Host copies held at a time, within their bytes: of each job the head's, and what merging starts from.
+COPIES = 16
 _COPY_BYTES = 8 * 1024**3
 
 
@@ -73,7 +73,12 @@ class WeightStore:
         self._books = Books(objects)
         self._keys = JobKeys(objects, self._books)
         self._pointers = Pointers(objects, self._books, self._keys, clock, mirror)
-        self.copies = HostCopies(objects, self._books, copies or Copies(_COPIES, _COPY_BYTES), threads)
+        self.copies = HostCopies(objects, self._books, copies or Copies(COPIES, _COPY_BYTES), threads)
+        self._on_published: Callable[[JobRef, VersionKey], None] = lambda *_: None
+
+    def when_published(self, callback: Callable[[JobRef, VersionKey], None]) -> None:
+        """Has `callback` called after each commit, in the thread that made it. It must be quick and raise nothing."""
+        self._on_published = callback
 
     def register_key(self, job: JobRef, public_key: bytes, keep: int) -> None:
         """Names the job's first key and its retention; any key of the job again updates `keep`.
@@ -147,6 +152,7 @@ class WeightStore:
                 self._pointers.advance(admission.head, admission.record.head)
         if copy is not None:
             self.copies.put(job, key, copy)
+        self._on_published(job, key)
         return existed
 
     def add_encoding(self, job: JobRef, key: VersionKey, encoding: weights_pb2.Encoding, data: bytes) -> bool:
@@ -173,12 +179,16 @@ class WeightStore:
             threads=self._threads,
             base_infos=base.infos if base else None,
         )
+        # Outside the lock, so that a publish does not wait for it; without its record it is a leftover like any other.
+        path = layout.blob_path(job, encoding.sha256)
+        self._objects.put(path, data)
         with self._books.changing(job) as catalog:
             if not catalog.has(key):
                 raise NotFound(f"version {key.version} of {job} was retired meanwhile")
             if any(item.sha256 == encoding.sha256 for item in catalog.of(key)):
                 return False
-            self._objects.put(layout.blob_path(job, encoding.sha256), data)
+            # Retention may have removed it with another version's encoding of the same bytes.
+            self._objects.size(path)
             self._objects.put(layout.encoding_path(job, key, encoding.sha256), encoding.SerializeToString())
             catalog.add(key, encoding)
         return True
@@ -200,6 +210,20 @@ class WeightStore:
         layout.versions_prefix(job, weight_set)
         numbers = self._books.catalog(job).numbers(weight_set)
         return [number for number in numbers if before is None or number < before][:limit]
+
+    def has(self, job: JobRef, key: VersionKey) -> bool:
+        """Whether a version is on hand."""
+        return self._books.catalog(job).has(key)
+
+    def jobs(self) -> list[JobRef]:
+        """Every job that the store holds anything of."""
+        projects = [name for name in self._objects.folders("") if layout.is_name(name)]
+        return [
+            JobRef(project, name)
+            for project in projects
+            for name in self._objects.folders(project)
+            if layout.is_name(name)
+        ]
 
     def pointer(self, job: JobRef, name: str) -> State:
         """Where a pointer stands; None while there is none."""

@@ -13,3 +13,9 @@ class WeightsSettings(ProcessSettings):
     store_url: str = Field(
         min_length=1, description="a folder, or the URL of an object store: s3://bucket/prefix, gs://, az://, file://"
     )
+    host_copies_mb: int = Field(
+        8192,
+        ge=0,
+        description="memory for tensors that deltas are decoded against: a larger version can only be published in "
+        "full, and merged deltas need three times a version's size",
+    )

@@ -7,16 +7,28 @@ import asyncio
 from longshore.proto.v1 import weights_pb2_grpc
 from longshore.rpc.process import run_process
 from longshore.rpc.server import RpcServer
+from longshore.weight_store.background import keep_up
+from longshore.weight_store.copies import Copies
 from longshore.weight_store.objects import open_objects
 from longshore.weight_store.servicer import SERVICE, WeightsServicer
-from longshore.weight_store.store import WeightStore
+from longshore.weight_store.store import COPIES, WeightStore
+from longshore.weight_store.upkeep import Upkeep
 from longshore.weights.config import WeightsSettings
 
 
 async def serve(settings: WeightsSettings, stop: asyncio.Event) -> None:
     """Serves until `stop` is set, then drains. Raises ConfigError."""
     objects = open_objects(settings.store_url)
-    servicer = WeightsServicer(WeightStore(objects), str(objects.root) if objects.root else None)
+    store = WeightStore(objects, copies=Copies(COPIES, settings.host_copies_mb * 1024 * 1024))
+    upkeep = Upkeep(store)
+    store.when_published(upkeep.wake)
+    servicer = WeightsServicer(store, str(objects.root) if objects.root else None)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_serve(settings, servicer, stop), name="serve")
+        group.create_task(keep_up(upkeep, stop), name="upkeep")
+
+
+async def _serve(settings: WeightsSettings, servicer: WeightsServicer, stop: asyncio.Event) -> None:
     server = RpcServer(settings.listen)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(servicer, server.server)
     await server.start()
