@@ -10,8 +10,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from longshore.config_base import Spec
+from longshore.config_credit import AnyCredit, Credit, Gae, OverlongSpec
+from longshore.config_objective import DppoObjective, EssStepSpec, KlSpec, Objective
 from longshore.documents import MAX_BYTES, parse_yaml
 from longshore.errors import Fault, InvalidJobSpec
 from longshore.job_faults import Misfit, parse, refuse
@@ -22,12 +25,6 @@ Json = dict[str, object]
 # The site that has the learner; every other one is named in a job's `sites`.
 HOME_SITE = "home"
 _MODEL_PARTS = ("model.kind", "model.path", "model.max_context")
-
-
-class Spec(BaseModel):
-    """Base of all parts: unknown keys are faults, not typos that pass."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
 class NewModel(Spec):
@@ -111,26 +108,6 @@ class WarmStartSpec(Spec):
     wrong_fraction: float = Field(0.65, ge=0, le=1, description="share of wrong answers in the steps after that")
 
 
-class DppoObjective(Spec):
-    """Divergence-masked policy gradient with a quadratic log-ratio term; see learner/objective.py."""
-
-    name: Literal["dppo"] = "dppo"
-    max_probability_gap: float = Field(0.2, gt=0, le=1)
-    ratio_cap: float = Field(20.0, gt=1)
-    quadratic: float = Field(1e-3, ge=0)
-
-
-class ClipObjective(Spec):
-    """PPO/GRPO clipped surrogate; see learner/objective.py."""
-
-    name: Literal["clip"]
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.2, gt=0)
-
-
-Objective = Annotated[DppoObjective | ClipObjective, Field(discriminator="name")]
-
-
 class TrainSpec(Spec):
     """The learner's loop. A batch is `groups_per_step * group_size` rollouts."""
 
@@ -142,8 +119,14 @@ class TrainSpec(Spec):
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    advantage: Literal["group-mean", "group-mean-std"] = "group-mean"
     objective: Objective = DppoObjective()
+    advantage: Credit | None = Field(None, description="absent: what goes with the objective")
+    overlong: OverlongSpec | None = None
+    kl: KlSpec | None = Field(None, description="absent: no pull towards the policy that training began with")
+    ess_step: EssStepSpec | None = None
+    optimal_baseline: Literal["group", "batch"] | None = Field(
+        None, description="shift advantages by the baseline of least variance over each group, or over the batch"
+    )
     target_staleness: int = Field(
         1,
         ge=0,
@@ -152,10 +135,22 @@ class TrainSpec(Spec):
     )
     checkpoint_every: int = Field(25, ge=1, description="train steps between durable checkpoints")
 
+    @model_validator(mode="after")
+    def _credit_fits(self) -> TrainSpec:
+        if isinstance(self.credit, Gae) and self.optimal_baseline:
+            message = "has no place beside advantage gae, which has a baseline of its own: leave it out"
+            refuse([Misfit("optimal_baseline", self.optimal_baseline, message, ("advantage",))])
+        return self
+
     @property
     def batch_size(self) -> int:
         """Rollouts a train step."""
         return self.groups_per_step * self.group_size
+
+    @property
+    def credit(self) -> AnyCredit:
+        """How rewards become advantages."""
+        return self.advantage or self.objective.credit
 
 
 class EvaluationSpec(Spec):
@@ -214,6 +209,11 @@ class JobSpec(Spec):
     weights: WeightsSpec = WeightsSpec()
     resources: ResourcesSpec = ResourcesSpec()
     sites: tuple[SiteSpec, ...] = Field((), max_length=64, description="rollout sites beside the home site")
+
+    @property
+    def max_sampled(self) -> int:
+        """The most tokens that a rollout can have sampled."""
+        return self.sampling.max_new_tokens * self.environment.max_turns
 
     def resources_at(self, site: str) -> ResourcesSpec:
         """What the processes of a site have to themselves."""

@@ -36,8 +36,11 @@ def test_the_good_one_has_none() -> None:
         ({"train": {"steps": 3, "learning_rate": True}}, "train.learning_rate: must be a number"),
         ({"train": {"steps": 3, "max_grad_norm": float("inf")}}, "train.max_grad_norm: must be a finite number"),
         ({"train": {"steps": 3, 7: 1}}, "train.7: a key must be a string; put it in quotes"),
-        ({"train": {"steps": 3, "objective": {"name": "nope"}}}, "train.objective.name: must be one of dppo, clip"),
-        ({"train": {"steps": 3, "objective": {}}}, "train.objective.name: must be one of dppo, clip"),
+        (
+            {"train": {"steps": 3, "objective": {"name": "nope"}}},
+            "train.objective.name: must be one of dppo, reinforce",
+        ),
+        ({"train": {"steps": 3, "objective": {}}}, "train.objective.name: must be one of dppo, reinforce"),
         ({"model": {"kind": "blob"}}, "model.kind: must be one of new, directory"),
         ({"model": {"layers": 2}}, "model.kind: must be one of new, directory"),
         ({"model": {"kind": "directory"}}, "model.path: is required"),

@@ -11,15 +11,12 @@ import dataclasses
 import structlog
 
 from longshore.learner import metrics
-from longshore.learner.advantage import ZERO_VARIANCE, group_advantages, has_signal, late_advantage
 from longshore.learner.batch_log import BatchLog, BatchRecord
+from longshore.learner.credit.batch import CreditedBatch, credit_batch
 from longshore.learner.disk import when_there_is_room
 from longshore.learner.groups import Ending, Group, LateMember
 from longshore.learner.ledger import TRAINED
 from longshore.learner.parts import Parts
-from longshore.learner.sequences import TrainSequence, sequences_of
-from longshore.learner.statistics import rewards_of
-from longshore.types import Rollout
 
 log = structlog.get_logger()
 
@@ -63,43 +60,27 @@ class Batches:
         record = BatchRecord(number, self._parts.link.epoch, groups, uses, late)
         await when_there_is_room(lambda: self._log.append(record), "a batch record")
 
-    def credit(self, batch: Batch) -> list[TrainSequence]:
+    def credit(self, batch: Batch) -> CreditedBatch:
         """The batch's sequences with their advantages. What has no signal has no gradient and is left out."""
-        credited: list[tuple[Rollout, float]] = []
-        for group in batch.groups:
-            rewards = rewards_of(group)
-            if has_signal(rewards):
-                advantages = group_advantages(rewards, self._train.advantage)
-                credited += zip([rollout for _, rollout in group.members], advantages, strict=True)
-        for member in batch.late:
-            advantage = self._late_advantage(member)
-            if abs(advantage) > ZERO_VARIANCE:
-                credited.append((member.rollout, advantage))
-        return [
-            sequence
-            for position, (rollout, advantage) in enumerate(credited)
-            for sequence in sequences_of(rollout, [advantage] * rollout.num_sampled, position=position)
-        ]
+        groups = [[rollout for _, rollout in group.members] for group in batch.groups]
+        late = [(member.rollout, member.baseline) for member in batch.late]
+        return credit_batch(groups, late, self._train)
 
-    def settle(self, batch: Batch) -> list[Ending]:
+    def settle(self, batch: Batch, credited: CreditedBatch) -> list[Ending]:
         """Closes the books on a batch that was trained on."""
         endings: list[Ending] = []
-        for member in batch.late:
-            outcome = TRAINED if abs(self._late_advantage(member)) > ZERO_VARIANCE else NO_SIGNAL
+        for member, has_signal in zip(batch.late, credited.late_signals, strict=True):
+            outcome = TRAINED if has_signal else NO_SIGNAL
             endings.append(self._ledger.settle_late(member.group_id, member.index, outcome))
         metrics.LATE.labels(*self._labels).inc(len(batch.late))
-        for group in batch.groups:
-            endings += self._ledger.settle(group, TRAINED if has_signal(rewards_of(group)) else NO_SIGNAL)
+        for group, has_signal, rewards in zip(batch.groups, credited.signals, credited.rewards, strict=True):
+            endings += self._ledger.settle(group, TRAINED if has_signal else NO_SIGNAL, rewards)
         return endings
 
     def settle_empty(self) -> tuple[int, list[Ending]]:
         """Accounts for groups all of whose tickets ended without a rollout. Returns how many there were."""
         empty = self._ledger.take_empty()
         return len(empty), [ending for group in empty for ending in self._ledger.settle(group, NO_SIGNAL)]
-
-    def _late_advantage(self, member: LateMember) -> float:
-        assert member.rollout.verdict is not None
-        return late_advantage(member.rollout.verdict.reward, member.baseline, self._train.advantage)
 
     def _take_recorded(self) -> Batch | None:
         record = self.replay[0]

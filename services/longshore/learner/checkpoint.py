@@ -37,6 +37,8 @@ class Snapshot:
     policy: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     random_state: Tensor
+    # Weights of earlier policies, by "which|parameter".
+    frozen: dict[str, Tensor]
     # JSON-compatible: ledger, cursor, versions, statistics.
     state: dict[str, object]
 
@@ -51,7 +53,12 @@ def take_snapshot(trainer: Trainer, step: int, state: dict[str, object]) -> Snap
         if isinstance(value, Tensor)
     }
     policy = {name: parameter.detach().clone() for name, parameter in trainer.policy.named_parameters()}
-    return Snapshot(step, policy, optimizer, torch.get_rng_state(), state)
+    frozen = {
+        f"{which}|{name}": value.clone()
+        for which, weights in trainer.frozen.weights.items()
+        for name, value in weights.items()
+    }
+    return Snapshot(step, policy, optimizer, torch.get_rng_state(), frozen, state)
 
 
 def restore_snapshot(trainer: Trainer, snapshot: Snapshot) -> None:
@@ -66,6 +73,10 @@ def restore_snapshot(trainer: Trainer, snapshot: Snapshot) -> None:
             }
             if slots:
                 trainer.optimizer.state[parameter] = slots
+    trainer.frozen.weights = {}
+    for key, value in snapshot.frozen.items():
+        which, _, name = key.partition("|")
+        trainer.frozen.weights.setdefault(which, {})[name] = value.clone()
     torch.set_rng_state(snapshot.random_state)
 
 
@@ -99,6 +110,7 @@ def _write(part: Path, snapshot: Snapshot) -> None:
     part.mkdir(parents=True)
     save_file(snapshot.policy, part / "model.safetensors")
     save_file({**snapshot.optimizer, "random_state": snapshot.random_state}, part / "trainer.safetensors")
+    save_file(snapshot.frozen, part / "frozen.safetensors")
     (part / "state.json").write_text(json.dumps(snapshot.state), encoding="utf-8")
     sums = {path.name: _sha256(path) for path in sorted(part.iterdir())}
     (part / "manifest.json").write_text(json.dumps({"step": snapshot.step, "sha256": sums}), encoding="utf-8")
@@ -133,6 +145,7 @@ def _load(path: Path) -> Snapshot:
         policy=load_file(path / "model.safetensors"),
         optimizer=tensors,
         random_state=random_state,
+        frozen=load_file(path / "frozen.safetensors"),
         state=json.loads((path / "state.json").read_text(encoding="utf-8")),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from longshore.learner.advantage import Baseline
+from longshore.learner.credit.group import Baseline
 from longshore.types import Message, Purpose, Rollout, Task
 
 # Fewer scored members say nothing about which attempt was better.
@@ -136,7 +136,7 @@ class Group:
             "purpose": self.purpose.value,
             "size": self.size,
             "pin": self.pin,
-            "baseline": None if self.baseline is None else [self.baseline.mean, self.baseline.deviation],
+            "baseline": None if self.baseline is None else list(self.baseline.rewards),
             "ended": list(self.ended.items()),
             "task": {
                 "task_id": task.task_id,
@@ -165,7 +165,7 @@ class Group:
                 environment=str(task["environment"]),
             ),
             ended={as_int(index): str(outcome) for index, outcome in map(as_list, as_list(state["ended"]))},
-            baseline=None if baseline is None else Baseline(*[as_float(number) for number in as_list(baseline)]),
+            baseline=None if baseline is None else Baseline(tuple(as_float(number) for number in as_list(baseline))),
         )
 
 

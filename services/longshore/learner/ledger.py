@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
-from longshore.learner.advantage import Baseline, baseline_of
+from longshore.learner.credit.group import Baseline
 from longshore.learner.groups import Ending, Group, LateMember, Origin, as_int, as_list, as_mapping
 from longshore.learner.statistics import rewards_of
 from longshore.types import Purpose, Rollout, Task
@@ -208,15 +208,15 @@ class Ledger:
 
     # -- settlement --------------------------------------------------------------------------------------------------
 
-    def settle(self, group: Group, outcome: str) -> list[Ending]:
+    def settle(self, group: Group, outcome: str, rewards_G: Sequence[float] | None = None) -> list[Ending]:
         """Ends a group's rollouts with `outcome`, and its tickets without one with their own reasons. What still
-        awaits its verdict stays as late."""
-        rewards = rewards_of(group)
+        awaits its verdict stays as late, to be compared with `rewards_G` (absent: the rollouts' rewards)."""
+        rewards = rewards_of(group) if rewards_G is None else rewards_G
         reasons = {**dict.fromkeys(group.rollouts, outcome), **group.final_reasons}
         endings = [self._end(group, index, reasons[index]) for index in sorted(reasons)]
         del self.open[group.group_id]
         if group.live:
-            group.baseline = baseline_of(rewards) if rewards else Baseline(0.0, 0.0)
+            group.baseline = Baseline(tuple(rewards))
             self.late[group.group_id] = group
             group.rollouts, group.held_back, group.taken = group.held_back, {}, False
             self._late_ready.extend((group.group_id, index) for index in sorted(group.rollouts))

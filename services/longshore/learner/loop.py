@@ -80,15 +80,16 @@ class LearnerLoop:
         waited = time.monotonic() - clock
         number, version = self.progress.step + 1, self.progress.version
         await self.batches.record(number, batch)
-        sequences = self.batches.credit(batch)
+        credited = self.batches.credit(batch)
         clock = time.monotonic()
-        results = await self._while_taking_in(asyncio.to_thread(self.parts.trainer.step, number, sequences, version))
+        step = asyncio.to_thread(self.parts.trainer.step, number, credited.sequences, version)
+        results = await self._while_taking_in(step)
         trained = time.monotonic() - clock
         self.progress.step = number
         # Settling takes the rollouts out of the books: what is told of them is looked at first.
         told = batch_metrics(batch.groups, batch.late, version)
         self.progress.add_staleness(staleness_of(batch.groups, batch.late, version))
-        self.durability.add(self.batches.settle(batch))
+        self.durability.add(self.batches.settle(batch, credited))
         clock = time.monotonic()
         await self._publish(number)
         # The version is on its way, so the batch counts as consumed and its places are free.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longshore.types import Rollout, SampledSpan, Segment
@@ -17,8 +17,9 @@ class TrainSequence:
         token_ids [5, 6, 7, 8]  sampled [F, F, T, T]  behaviour [0, 0, -0.5, -0.1]  advantages [0, 0, 1, 1]
     """
 
-    # Position of its rollout in the batch: what belongs to one rollout has the same.
+    # Positions of its rollout and of its group in the batch: what belongs to one of them has the same.
     rollout: int
+    group: int
     token_ids: list[int]
     sampled: list[bool]
     behaviour: list[float]
@@ -29,38 +30,49 @@ class TrainSequence:
     advantages: list[float]
     # How much a token counts beside the others: 1 for most.
     weights: list[float]
+    # What was earned at the token: for a value head, from which advantages are then made.
+    rewards: list[float]
 
 
-def sequences_of(
-    rollout: Rollout, advantages_S: Sequence[float], weight: float = 1.0, position: int = 0
-) -> list[TrainSequence]:
+@dataclass(frozen=True)
+class Credit:
+    """What a rollout's tokens are credited with. Lists are [S]: one a sampled token, in the order of the segments."""
+
+    advantages: Sequence[float]
+    rewards: Sequence[float] = ()
+    # Of each of its tokens in the batch's loss.
+    weight: float = 1.0
+
+
+def sequences_of(rollout: Rollout, credit: Credit, position: int = 0, group: int = 0) -> list[TrainSequence]:
     """The trainable sequences of one rollout: each segment behind its parent's prefix, which carries no loss twice.
 
     Args:
         rollout: any, with sampled tokens or without.
-        advantages_S: one a sampled token, in the order of the segments.
-        weight: of each of its tokens in the batch's loss.
+        credit: of its tokens; rewards can be left out.
         position: of the rollout in the batch.
+        group: position of its group in the batch.
     """
-    if len(advantages_S) != rollout.num_sampled:
-        raise ValueError(f"{len(advantages_S)} advantages for {rollout.num_sampled} sampled tokens")
+    count = rollout.num_sampled
+    if len(credit.advantages) != count or len(credit.rewards) not in (0, count):
+        raise ValueError(
+            f"{len(credit.advantages)} advantages and {len(credit.rewards)} rewards for {count} sampled tokens"
+        )
     by_id = {segment.segment_id: segment for segment in rollout.segments}
-    advantages = iter(advantages_S)
-    return [_sequence(rollout, segment, by_id, advantages, weight, position) for segment in rollout.segments]
+    made: list[TrainSequence] = []
+    used = 0
+    for segment in rollout.segments:
+        sequence = _empty(_prefix(segment, by_id), segment, position, group)
+        used = _fill(sequence, rollout, segment, credit, used)
+        made.append(sequence)
+    return made
 
 
-def _sequence(
-    rollout: Rollout,
-    segment: Segment,
-    by_id: dict[str, Segment],
-    advantages: Iterator[float],
-    weight: float,
-    position: int,
-) -> TrainSequence:
-    prefix = _prefix(segment, by_id)
+def _empty(prefix: list[int], segment: Segment, position: int, group: int) -> TrainSequence:
     length = len(prefix) + len(segment.token_ids)
-    made = TrainSequence(
+    return TrainSequence(
         rollout=position,
+        group=group,
         token_ids=[*prefix, *segment.token_ids],
         sampled=[False] * length,
         behaviour=[0.0] * length,
@@ -69,8 +81,15 @@ def _sequence(
         turns=[-1] * length,
         advantages=[0.0] * length,
         weights=[0.0] * length,
+        rewards=[0.0] * length,
     )
-    start = len(prefix)
+
+
+def _fill(made: TrainSequence, rollout: Rollout, segment: Segment, credit: Credit, used: int) -> int:
+    """Writes down what is known of a segment's sampled tokens. `used` of the rollout's stand before it; returns how
+    many do with it."""
+    before = len(made.token_ids) - len(segment.token_ids)
+    start = before
     for span in segment.spans:
         end = start + span.length
         if isinstance(span, SampledSpan):
@@ -78,14 +97,17 @@ def _sequence(
             made.behaviour[start:end] = span.logprobs
             made.temperature[start:end] = [rollout.sampling[span.sampling_index].temperature] * span.length
             made.versions[start:end] = [span.version] * span.length
-            made.advantages[start:end] = [next(advantages) for _ in range(span.length)]
-            made.weights[start:end] = [weight] * span.length
+            made.advantages[start:end] = credit.advantages[used : used + span.length]
+            made.weights[start:end] = [credit.weight] * span.length
+            if credit.rewards:
+                made.rewards[start:end] = credit.rewards[used : used + span.length]
+            used += span.length
         start = end
     for number, turn in enumerate(rollout.turns):
         if turn.segment_id == segment.segment_id:
-            start = len(prefix) + turn.start
+            start = before + turn.start
             made.turns[start : start + turn.length] = [number] * turn.length
-    return made
+    return used
 
 
 def _prefix(segment: Segment, by_id: dict[str, Segment]) -> list[int]:

@@ -79,7 +79,7 @@ async def _run(
     tasks = TrainCursor(source, spec.tasks.heldout_fraction, seed=spec.seed)
     policy, assets = await asyncio.to_thread(build_policy, spec, islice(iter(tasks.next, None), TOKENIZER_TASKS))
     renderer = Renderer(assets)
-    trainer = Trainer(policy, spec.train)
+    trainer = Trainer(policy, spec.train, spec.max_sampled)
     if snapshot is None:
         try:
             snapshot = await _first_light(job, trainer, renderer, source, reporter, checkpoints, link, stop)
@@ -193,7 +193,7 @@ def _limits(spec: JobSpec, policy: torch.nn.Module, renderer: Renderer) -> Limit
     return Limits(
         vocab_size=renderer.vocab_size,
         max_context=policy.config.max_position_embeddings,
-        max_sampled=spec.sampling.max_new_tokens * spec.environment.max_turns,
+        max_sampled=spec.max_sampled,
         temperature=spec.sampling.temperature,
     )
 

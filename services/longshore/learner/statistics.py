@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from longshore.learner.advantage import has_signal
+from longshore.learner.credit.group import has_signal
 from longshore.learner.groups import Group, LateMember
 from longshore.types import FinishReason, Rollout
 

@@ -1,4 +1,4 @@
-"""From rewards to advantages, and from rollouts to the tensors of a forward pass."""
+"""From rollouts to sequences, and from sequences to the tensors of a forward pass."""
 
 import dataclasses
 
@@ -6,30 +6,14 @@ import pytest
 import torch
 from builders import rollout
 
-from longshore.learner.advantage import group_advantages, has_signal
 from longshore.learner.batch import micro_batches
-from longshore.learner.sequences import sequences_of
+from longshore.learner.sequences import Credit, sequences_of
 from longshore.learner.streams import streams_of
 from longshore.types import FinishReason, GivenSpan, SampledSpan, Segment, Turn
 
 
-def test_group_mean_by_hand():
-    assert group_advantages([1.0, 0.0, 0.5, 0.5], "group-mean") == [0.5, -0.5, 0.0, 0.0]
-
-
-def test_group_mean_std_by_hand():
-    # mean 0.5, population deviation 0.5
-    assert group_advantages([1.0, 0.0], "group-mean-std") == pytest.approx([1.0, -1.0], abs=1e-5)
-
-
-def test_signal():
-    assert has_signal([0.0, 1.0])
-    assert not has_signal([0.5, 0.5, 0.5])
-    assert not has_signal([1.0])
-
-
 def test_sequence_streams_line_up_with_tokens():
-    (sequence,) = sequences_of(rollout(0, 0), [0.5, -0.5], weight=2.0, position=4)
+    (sequence,) = sequences_of(rollout(0, 0), Credit([0.5, -0.5], [0.0, 1.0], weight=2.0), 4, group=2)
     assert sequence.token_ids == [5, 6, 7, 1]
     assert sequence.sampled == [False, False, True, True]
     assert sequence.behaviour == [0.0, 0.0, -0.5, -0.25]
@@ -38,12 +22,14 @@ def test_sequence_streams_line_up_with_tokens():
     assert sequence.turns == [-1, -1, 0, 0]
     assert sequence.advantages == [0.0, 0.0, 0.5, -0.5]
     assert sequence.weights == [0.0, 0.0, 2.0, 2.0]
-    assert sequence.rollout == 4
+    assert sequence.rewards == [0.0, 0.0, 0.0, 1.0]
+    assert (sequence.rollout, sequence.group) == (4, 2)
 
 
-def test_advantages_must_be_as_many_as_sampled_tokens():
-    with pytest.raises(ValueError, match="3 advantages for 2 sampled tokens"):
-        sequences_of(rollout(0, 0), [0.5] * 3)
+@pytest.mark.parametrize("credit", [Credit([0.5] * 3), Credit([0.5] * 2, [1.0])])
+def test_what_is_credited_must_be_as_much_as_was_sampled(credit):
+    with pytest.raises(ValueError, match="for 2 sampled tokens"):
+        sequences_of(rollout(0, 0), credit)
 
 
 def two_segments():
@@ -56,7 +42,7 @@ def two_segments():
 
 
 def test_a_segment_that_extends_another_carries_the_prefix_without_loss():
-    first, second = sequences_of(two_segments(), [0.1, 0.2, 0.3, 0.4])
+    first, second = sequences_of(two_segments(), Credit([0.1, 0.2, 0.3, 0.4]))
     assert first.token_ids == [5, 6, 7, 1]
     assert first.advantages == [0.0, 0.0, 0.1, 0.2]
     assert second.token_ids == [5, 6, 7, 9, 8, 5, 5, 3]
@@ -68,7 +54,7 @@ def test_a_segment_that_extends_another_carries_the_prefix_without_loss():
 
 
 def test_micro_batch_points_at_the_position_before_each_sampled_token():
-    (micro,) = micro_batches(sequences_of(rollout(0, 0), [0.5, 0.25], position=3), max_tokens=100)
+    (micro,) = micro_batches(sequences_of(rollout(0, 0), Credit([0.5, 0.25], [0.0, 1.0]), 3, 1), max_tokens=100)
     assert micro.input_ids.tolist() == [[5, 6, 7, 1]]
     assert micro.rows.tolist() == [0, 0]
     assert micro.columns.tolist() == [1, 2]
@@ -79,13 +65,15 @@ def test_micro_batch_points_at_the_position_before_each_sampled_token():
     assert streams.versions.tolist() == [0, 0]
     assert streams.advantages.tolist() == [0.5, 0.25]
     assert streams.weights.tolist() == [1.0, 1.0]
+    assert streams.rewards.tolist() == [0.0, 1.0]
+    assert streams.groups.tolist() == [1, 1]
     assert (streams.sequences.tolist(), streams.rollouts.tolist(), streams.turns.tolist()) == ([0, 0], [3, 3], [0, 0])
 
 
 def test_streams_number_the_sequences_and_leave_a_first_token_out():
     bare = rollout(0, 0, prompt=(9,))
     first = dataclasses.replace(bare, segments=(Segment("0", (7, 1), (SampledSpan(2, (-0.5, -0.25)),)),), turns=())
-    sequences = [*sequences_of(first, [1.0, 2.0]), *sequences_of(two_segments(), [3.0] * 4, position=1)]
+    sequences = [*sequences_of(first, Credit([1.0, 2.0])), *sequences_of(two_segments(), Credit([3.0] * 4), 1)]
     streams = streams_of([(2, sequences[2]), (0, sequences[0]), (1, sequences[1])])
     assert streams.sequences.tolist() == [2, 2, 0, 1, 1]
     assert streams.rollouts.tolist() == [1, 1, 0, 1, 1]
@@ -101,7 +89,7 @@ def test_micro_batches_hold_every_token_once_within_the_budget():
         sequence
         for length in lengths
         for sequence in sequences_of(
-            rollout(0, 0, reply=tuple(range(length)), logprobs=(-0.1,) * length), [float(length)] * length
+            rollout(0, 0, reply=tuple(range(length)), logprobs=(-0.1,) * length), Credit([float(length)] * length)
         )
     ]
     batches = list(micro_batches(sequences, max_tokens=24))

@@ -7,8 +7,10 @@ from builders import TASK, rollout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longshore.config_credit import GroupMean
 from longshore.learner.admission import AWAITING_BATCHES, Admission
-from longshore.learner.advantage import Baseline, baseline_of, group_advantages, late_advantage
+from longshore.learner.credit.batch import late_advantage
+from longshore.learner.credit.group import Baseline
 from longshore.learner.groups import Origin as at
 from longshore.learner.ledger import NO_VERDICT, TRAINED, Ledger
 from longshore.types import Purpose
@@ -36,7 +38,7 @@ def test_a_group_closes_without_those_that_await_their_verdict():
     (group,) = ledger.take_ready(1)
     assert [ending.key for ending in ledger.settle(group, TRAINED)] == ["0.0", "0.1", "0.2"]
     assert ledger.balanced
-    assert ledger.late[0].baseline == baseline_of([1.0, 0.0, 1.0])
+    assert ledger.late[0].baseline == Baseline((1.0, 0.0, 1.0))
     assert ledger.open == {}
 
 
@@ -57,7 +59,7 @@ def test_a_late_member_is_taken_once_and_compared_with_those_before_it():
     (member,), endings = ledger.take_late(8)
     assert (member.key, endings) == ("0.3", [])
     assert member.rollout.verdict.reward == 0.0
-    assert late_advantage(0.0, member.baseline, "group-mean") == pytest.approx(-2 / 3)
+    assert late_advantage(0.0, member.baseline, GroupMean()) == pytest.approx(-2 / 3)
     ending = ledger.settle_late(0, 3, TRAINED)
     assert (ending.site, ending.entry_id, ending.num_bytes) == ("west", "9-9", 10)
     assert ledger.take_late(8) == ([], [])
@@ -72,7 +74,7 @@ def test_a_verdict_that_comes_during_the_train_step_of_its_group_is_late():
     ledger.receive(rollout(0, 3, 1.0), at("2-0", "west"))
     assert [index for index, _ in group.members] == [0, 1, 2]
     assert [ending.key for ending in ledger.settle(group, TRAINED)] == ["0.0", "0.1", "0.2"]
-    assert ledger.late[0].baseline == baseline_of([1.0, 0.0, 1.0])
+    assert ledger.late[0].baseline == Baseline((1.0, 0.0, 1.0))
     assert [member.key for member in ledger.take_late(8)[0]] == ["0.3"]
     assert ledger.balanced
 
@@ -184,15 +186,6 @@ def test_what_the_broker_should_count_is_what_it_was_told_or_told_us():
     assert ledger.known_at_broker == noticed
     ledger.acknowledged(endings)
     assert ledger.known_at_broker == ledger.ends == {**noticed, ("home", TRAINED): 2}
-
-
-def test_late_advantages_use_the_statistics_of_the_group():
-    rewards = [1.0, 0.0, 0.5, 0.25]
-    for kind in ("group-mean", "group-mean-std"):
-        expected = group_advantages(rewards, kind)
-        assert [late_advantage(reward, baseline_of(rewards), kind) for reward in rewards] == pytest.approx(expected)
-    # Members that were all alike have no scale to divide by.
-    assert late_advantage(1.0, Baseline(0.0, 0.0), "group-mean-std") == 1.0
 
 
 def test_too_many_that_await_take_places_after_all():

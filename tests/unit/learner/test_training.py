@@ -11,8 +11,8 @@ from longshore.learner.batch import micro_batches
 from longshore.learner.batch_log import BatchLog, BatchRecord
 from longshore.learner.checkpoint import load_newest, restore_snapshot, take_snapshot, write_checkpoint
 from longshore.learner.model import _new_model, character_tokenizer
-from longshore.learner.sequences import sequences_of
-from longshore.learner.trainer import Trainer, canary_logprobs, token_logprobs
+from longshore.learner.sequences import Credit, sequences_of
+from longshore.learner.trainer import Trainer, canary_logprobs, token_scores
 
 SPEC = TrainSpec(steps=10, learning_rate=1e-3)
 MODEL = NewModel(hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=64, max_context=32)
@@ -29,8 +29,10 @@ def new_trainer(tokenizer, seed=0):
 
 
 def batch():
-    good = sequences_of(rollout(0, 0, prompt=(5, 6, 9), reply=(7, 8, 1), logprobs=(-2.0, -3.0, -1.5)), [1.0] * 3)
-    bad = sequences_of(rollout(0, 1, prompt=(5, 6, 9), reply=(9, 1), logprobs=(-3.0, -2.5)), [-1.0] * 2)
+    good = sequences_of(
+        rollout(0, 0, prompt=(5, 6, 9), reply=(7, 8, 1), logprobs=(-2.0, -3.0, -1.5)), Credit([1.0] * 3)
+    )
+    bad = sequences_of(rollout(0, 1, prompt=(5, 6, 9), reply=(9, 1), logprobs=(-3.0, -2.5)), Credit([-1.0] * 2))
     return good + bad
 
 
@@ -107,7 +109,7 @@ def test_a_half_written_checkpoint_is_not_seen(tokenizer, tmp_path):
 def test_a_gradient_that_is_not_a_number_is_skipped_and_said(tokenizer):
     trainer = new_trainer(tokenizer)
     before = bits(trainer)
-    poison = sequences_of(rollout(0, 0, logprobs=(-0.5, float("nan"))), [1.0] * 2)
+    poison = sequences_of(rollout(0, 0, logprobs=(-0.5, float("nan"))), Credit([1.0] * 2))
     assert trainer.step(1, poison, 0)["optim/skipped"] == 1
     assert bits(trainer) == before
 
@@ -122,11 +124,11 @@ def test_a_batch_without_signal_changes_nothing(tokenizer):
 def test_log_probs_are_at_the_temperature_of_the_sample(tokenizer):
     trainer = new_trainer(tokenizer)
     (micro,) = micro_batches(batch()[:1], 1000)
-    plain, _ = token_logprobs(trainer.policy, micro)
+    plain = token_scores(trainer.policy, micro).logp
     logits = trainer.policy(torch.tensor([[5, 6, 9, 7, 8, 1]])).logits[0]
     assert torch.allclose(plain, torch.log_softmax(logits, -1)[[2, 3, 4], [7, 8, 1]], atol=1e-6)
     micro.streams.temperature.fill_(2.0)
-    cooled, _ = token_logprobs(trainer.policy, micro)
+    cooled = token_scores(trainer.policy, micro).logp
     assert torch.allclose(cooled, torch.log_softmax(logits / 2, -1)[[2, 3, 4], [7, 8, 1]], atol=1e-6)
 
 
