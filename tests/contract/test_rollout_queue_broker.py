@@ -212,6 +212,58 @@ async def test_a_full_broker_takes_nothing_new_and_lets_go_of_the_old(private_br
     assert await bench.states() == {"trained": 1, "cancelled": 3}
 
 
+async def test_whoever_frees_a_full_brokers_memory_can_start_anew(private_broker, connect, make_bench):
+    bench = make_bench(connect(private_broker.url))
+    epoch = await bench.issued(1)
+    (claim,) = await bench.tickets.claim("actor-0", 1, 0)
+    await bench.rollouts.deliver(claim, b"x")
+    await bench.redis.config_set("maxmemory", 1)
+    again = make_bench(bench.redis, bench.job)
+    await again.tickets.setup()
+    (delivery,) = await again.rollouts.read(8, 0)
+    assert await again.tickets.open_epoch() == epoch + 1
+    await again.rollouts.acknowledge(epoch + 1, [End(delivery.entry_id, delivery.ticket_key, "trained")])
+    assert await bench.states() == {"trained": 1}
+    # What is missing is not there for being full.
+    with pytest.raises(BrokerFull):
+        await make_bench(bench.redis).tickets.setup()
+    await bench.redis.function_flush()
+    with pytest.raises(BrokerFull):
+        await again.tickets.setup()
+
+
+async def test_a_broker_that_can_write_nothing_down_is_waited_for(private_broker, connect, make_bench):
+    private_broker.kill()
+    private_broker.start("--save", "3600 1")
+    bench = make_bench(connect(private_broker.url))
+    await bench.issued(1)
+    (claim,) = await bench.tickets.claim("actor-0", 1, 0)
+    in_the_way = private_broker.folder / "dump.rdb"
+    in_the_way.mkdir()
+    await saved(bench.redis, "err")
+    for call in (bench.rollouts.deliver(claim, b"x"), bench.rollouts.read(1, 0), bench.tickets.setup()):
+        with pytest.raises(Unavailable, match="MISCONF"):
+            await call
+    in_the_way.rmdir()
+    await saved(bench.redis, "ok")
+    await bench.redis.config_set("min-replicas-to-write", 1)
+    with pytest.raises(Unavailable, match="NOREPLICAS"):
+        await bench.rollouts.deliver(claim, b"x")
+    await bench.redis.config_set("min-replicas-to-write", 0)
+    assert await bench.rollouts.deliver(claim, b"x")
+
+
+async def saved(client, outcome: str) -> None:
+    """Has the server save its data, with this outcome."""
+    await client.bgsave()
+    for _ in range(1000):
+        said = await client.info("persistence")
+        if not said["rdb_bgsave_in_progress"]:
+            break
+        await asyncio.sleep(0.01)
+    assert said["rdb_last_bgsave_status"] == outcome
+
+
 async def test_a_broker_that_stays_away_is_an_error_within_the_clients_patience(private_broker, connect, make_bench):
     bench = make_bench(connect(private_broker.url, patience_s=0.5))
     await bench.issued(1)

@@ -1,10 +1,11 @@
 """Journals, blobs and dead letters on the real broker."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from longshore.errors import ConfigError, Conflict, Fenced, IntegrityError, NotFound, Rejected
+from longshore.errors import ConfigError, Conflict, Fenced, IntegrityError, NotFound, Rejected, Unavailable
 from longshore.proto.v1 import task_pb2
 from longshore.rollout_queue import journal as journal_module
 from longshore.rollout_queue.blobs import Blobs
@@ -119,6 +120,58 @@ async def test_a_damaged_blob_reaches_nobody(bench, tmp_path, damage):
         await bench.redis.xdel(bench.keys.rollouts, entry)
         await bench.redis.xadd(bench.keys.rollouts, fields | {b"payload": b"../../etc/passwd"})
     assert [item.payload for item in await queue.read(8, 0)] == [b""]
+
+
+class AwayBlobs(Blobs):
+    """A storage that can be away."""
+
+    def __init__(self, folder: Path) -> None:
+        self.real = Blobs.open(f"file://{folder}/blobs")
+        self.away = False
+
+    async def put(self, path: str, data: bytes) -> None:
+        self.check()
+        await self.real.put(path, data)
+
+    async def get(self, path: str, max_bytes: int) -> bytes:
+        self.check()
+        return await self.real.get(path, max_bytes)
+
+    def check(self) -> None:
+        if self.away:
+            raise Unavailable("the storage is away")
+
+
+async def test_what_could_not_be_fetched_is_read_again(bench, tmp_path):
+    blobs = AwayBlobs(tmp_path)
+    queue = RolloutQueue(bench.redis, bench.job, blobs=blobs)
+    first, second, third = await claimed(bench, 3)
+    contents = os.urandom(1_000_000)
+    for claim, payload in ((first, b"small"), (second, contents), (third, b"small")):
+        assert await queue.deliver(claim, payload)
+    blobs.away = True
+    for read in (queue.read(8, 0), queue.read_pending()):
+        with pytest.raises(Unavailable):
+            await read
+    blobs.away = False
+    assert [item.payload for item in await queue.read(8, 0)] == [b"small", contents, b"small"]
+    assert await queue.read(8, 0) == []
+
+
+async def test_small_rollouts_go_home_while_the_storage_is_away(bench, tmp_path):
+    blobs = AwayBlobs(tmp_path)
+    queue = RolloutQueue(bench.redis, bench.job, blobs=blobs)
+    small, large, other = await claimed(bench, 3)
+    contents = os.urandom(1_000_000)
+    rollouts = [(small, b"small", False), (large, contents, False), (other, b"small", False)]
+    blobs.away = True
+    first, held, last = await queue.deliver_many(rollouts)
+    assert (first, last) == (True, True)
+    assert isinstance(held, Unavailable)
+    with pytest.raises(Unavailable):
+        await queue.deliver(large, contents)
+    blobs.away = False
+    assert await queue.deliver_many(rollouts) == [False, True, False]
 
 
 async def test_blobs_need_a_url_that_can_be_used(tmp_path):

@@ -34,6 +34,8 @@ SOCKET_TIMEOUT_S = 15.0
 MAX_BLOCK_MS = 10_000
 MAX_CONNECTIONS = 64
 _DELETE_BATCH = 500
+# Codes of errors that pass by themselves, once the disk has room or the replicas are back.
+_NO_WRITES = ("MISCONF", "NOREPLICAS")
 
 _SOURCE = importlib.resources.files(__package__).joinpath("functions.lua").read_text(encoding="utf-8")
 # Named by content: processes of two releases can share a broker, each with the functions that it was written for.
@@ -111,7 +113,8 @@ def reaching() -> Iterator[None]:
     Raises:
         BrokerLost: no answer within the client's patience.
         BrokerFull: its memory is full.
-        Unavailable: the broker answers, but takes no writes: it is a replica.
+        Unavailable: the broker answers, but takes no writes: it is a replica, or its disk is full, or too few replicas
+            follow it.
         ConfigError: it does not accept our credentials.
         CancelledError: the caller was cancelled meanwhile. redis-py sends under asyncio.wait_for, which Python 3.11
             lets swallow a cancellation that comes as the sending ends; a loop so cancelled would go on for ever.
@@ -128,6 +131,10 @@ def reaching() -> Iterator[None]:
         raise BrokerFull(f"the broker's memory is full: {error}") from error
     except redis.exceptions.ReadOnlyError as error:
         raise Unavailable(f"the broker takes no writes: {error}") from error
+    except redis.exceptions.ResponseError as error:
+        if str(error).startswith(_NO_WRITES):
+            raise Unavailable(f"the broker takes no writes: {error}") from error
+        raise
     finally:
         if task and task.cancelling() > cancellations:
             raise asyncio.CancelledError
@@ -147,15 +154,44 @@ async def incarnation(client: Redis) -> str:
 
 
 async def setup(client: Redis, keys: JobKeys) -> None:
-    """Loads our functions and makes the streams and groups of a job at a site. Idempotent."""
+    """Loads our functions and makes the streams and groups of a job at a site. Idempotent.
+
+    A broker whose memory is full refuses to be told even what it knows. Who would free that memory comes by here, so
+    that is no error.
+
+    Raises:
+        BrokerFull: it is full, and something is missing.
+    """
     with reaching():
-        await client.function_load(_CODE, replace=True)
-        for stream, group in ((keys.tickets, ACTORS), (keys.leased, SITES), (keys.rollouts, LEARNER)):
-            try:
-                await client.xgroup_create(stream, group, id="0", mkstream=True)
-            except redis.exceptions.ResponseError as error:
-                if not str(error).startswith("BUSYGROUP"):
-                    raise
+        try:
+            await client.function_load(_CODE, replace=True)
+            for stream, group in _groups(keys):
+                await _make_group(client, stream, group)
+        except redis.exceptions.OutOfMemoryError:
+            if not await _is_set_up(client, keys):
+                raise
+
+
+def _groups(keys: JobKeys) -> tuple[tuple[str, str], ...]:
+    return ((keys.tickets, ACTORS), (keys.leased, SITES), (keys.rollouts, LEARNER))
+
+
+async def _make_group(client: Redis, stream: str, group: str) -> None:
+    try:
+        await client.xgroup_create(stream, group, id="0", mkstream=True)
+    except redis.exceptions.ResponseError as error:
+        if not str(error).startswith("BUSYGROUP"):
+            raise
+
+
+async def _is_set_up(client: Redis, keys: JobKeys) -> bool:
+    if not await client.function_list(library=f"longshore_{VERSION}"):
+        return False
+    for stream, group in _groups(keys):
+        found = await client.xinfo_groups(stream) if await client.exists(stream) else []
+        if group not in [text(item["name"]) for item in found]:
+            return False
+    return True
 
 
 async def healed(client: Redis, keys: JobKeys, command: Callable[[], Awaitable[T]]) -> T:

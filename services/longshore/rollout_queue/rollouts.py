@@ -18,7 +18,7 @@ from typing import NamedTuple
 import structlog
 from redis.asyncio import Redis
 
-from longshore.errors import Conflict, Fenced, IntegrityError, LongshoreError, NotFound, Rejected
+from longshore.errors import Conflict, Fenced, IntegrityError, LongshoreError, NotFound, Rejected, Unavailable
 from longshore.rollout_queue import broker, heads, payload
 from longshore.rollout_queue.blobs import Blobs
 from longshore.rollout_queue.keys import LEARNER, JobKeys
@@ -137,7 +137,7 @@ class RolloutQueue:
             try:
                 small = len(rollout) < _THREAD_BYTES
                 packed = payload.encode(rollout) if small else await self._pack_large(claim, rollout)
-            except Rejected as error:
+            except (Rejected, Unavailable) as error:
                 outcomes[index] = error
                 continue
             if trip and size + len(packed.data) > _TRIP_BYTES:
@@ -193,9 +193,11 @@ class RolloutQueue:
         # Sent to us in a reply that got lost, or to a learner that we superseded: pending, and newer than ours.
         missed = await self._read(self._handed_out, count, 0)
         found = missed or await self._read(">", count, block_ms)
+        # Should the storage of large ones be away, none of these is handed out: they are read again.
+        deliveries = await self._decode_all(found)
         if found:
             self._handed_out = found[-1][0]
-        return await self._decode_all(found)
+        return deliveries
 
     async def read_pending(self, after: str = "0", count: int = 256) -> list[Delivery]:
         """Entries that were read and not acknowledged, oldest first: what a restarted learner starts with.
@@ -204,8 +206,9 @@ class RolloutQueue:
         """
         while found := await self._read(after, count, 0):
             after = found[-1][0]
+            deliveries = await self._decode_all(found)
             self._handed_out = max(self._handed_out, after, key=_order)
-            if deliveries := await self._decode_all(found):
+            if deliveries:
                 return deliveries
         return []
 
