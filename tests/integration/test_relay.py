@@ -55,9 +55,8 @@ class Bridge:
             job_file=job_file,
             site=SITE,
             broker_url=west.url,
-            home_broker_url=home.url,
             spool_dir=folder / "spool",
-            **{"allowance": 40, **settings},
+            **{"allowance": 40, "home_broker_url": home.url, **settings},
         )
         self.epoch = 0
         self.out: dict[str, Ticket] = {}
@@ -215,6 +214,56 @@ async def test_tickets_go_out_and_rollouts_come_home(bridge: Bridge) -> None:
     bridge.relay.stop()
     assert bridge.relay.process is not None
     assert bridge.relay.process.returncode == 0, bridge.relay.tail()
+
+
+class LosesReplies:
+    """Stands before a broker; the replies to calls with these words in them get lost, once each, by a cut connection."""
+
+    def __init__(self, to: Path, words: list[bytes]) -> None:
+        self._to = to
+        self.words = words
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_broker, to_broker = await asyncio.open_unix_connection(str(self._to))
+        lost = asyncio.Event()
+        await asyncio.gather(self._there(reader, to_broker, lost), self._back(from_broker, writer, lost))
+
+    async def _there(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lost: asyncio.Event) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                for word in [word for word in self.words if word in data]:
+                    self.words.remove(word)
+                    lost.set()
+                writer.write(data)
+        writer.close()
+
+    async def _back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lost: asyncio.Event) -> None:
+        with contextlib.suppress(OSError):
+            while (data := await reader.read(1 << 16)) and not lost.is_set():
+                writer.write(data)
+        writer.close()
+
+
+async def test_tickets_in_a_reply_that_got_lost_are_worked_on(
+    tmp_path: Path, private_broker: Any, connect: Callable[..., Redis]
+) -> None:
+    """The client must not repeat the call behind the relay's back: what the first gave would wait for hours."""
+    with tempfile.TemporaryDirectory(prefix="ls-west-") as folder:
+        west = type(private_broker)(Path(folder))
+        west.start()
+        lossy = LosesReplies(private_broker.socket, [b"_lease\r\n"])
+        server = await asyncio.start_unix_server(lossy.serve, f"{folder}/lossy.sock")
+        bridge = Bridge(tmp_path, private_broker, west, connect, home_broker_url=f"unix://{folder}/lossy.sock")
+        try:
+            await bridge.open(40)
+            await asyncio.to_thread(bridge.relay.start)
+            await bridge.deliver(await bridge.claims(40))
+            await bridge.learn(40)
+            assert lossy.words == []
+        finally:
+            await asyncio.to_thread(bridge.relay.stop)
+            server.close()
+            west.stop()
 
 
 async def test_a_relay_killed_at_any_moment_loses_and_repeats_nothing(bridge: Bridge) -> None:

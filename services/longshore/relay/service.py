@@ -22,7 +22,7 @@ from longshore.rpc.process import run_process, wait_or_stop
 from longshore.rpc.server import RpcServer
 from longshore.settings import JobFile
 
-# One call's own patience with a broker; the two sides' is endless.
+# One call's own patience with the site's broker; the two sides' is endless.
 _CALL_S = 5.0
 _REPORT_S = 1.0
 
@@ -39,7 +39,8 @@ async def serve(settings: RelaySettings, stop: asyncio.Event) -> None:
         resources.callback(spool.close)
         site_client = broker.connect(settings.broker_url, patience_s=_CALL_S)
         resources.push_async_callback(site_client.aclose)
-        home_client = broker.connect(settings.home_broker_url, patience_s=_CALL_S)
+        # It repeats nothing by itself: a lost reply may have given us tickets, and only who hears of it asks for them.
+        home_client = broker.connect(settings.home_broker_url, patience_s=0.0)
         resources.push_async_callback(home_client.aclose)
         book = Book(spool)
         labels = (job.project, job.job, settings.site)

@@ -78,7 +78,8 @@ class _Patience(Retry):
 def connect(url: str, *, patience_s: float = PATIENCE_S) -> Redis:
     """A client for a broker: redis://, rediss:// (options such as ssl_ca_certs in the query) or unix://.
 
-    Connects on first use. A command during a restart of the broker waits for up to `patience_s` seconds.
+    Connects on first use. A command during a restart of the broker waits for up to `patience_s` seconds, and is made
+    again when its reply got lost; with 0, the first failure is the caller's.
 
     Raises:
         ConfigError: the URL is malformed.
@@ -87,7 +88,7 @@ def connect(url: str, *, patience_s: float = PATIENCE_S) -> Redis:
         pool = BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
-            timeout=patience_s,
+            timeout=max(patience_s, CONNECT_TIMEOUT_S),
             retry=_Patience(patience_s),
             socket_timeout=SOCKET_TIMEOUT_S,
             socket_connect_timeout=CONNECT_TIMEOUT_S,

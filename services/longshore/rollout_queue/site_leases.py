@@ -23,7 +23,10 @@ _CALL_TICKETS = 500
 
 
 class SiteLeases:
-    """The tickets of one job that one site holds, at the home broker."""
+    """The tickets of one job that one site holds, at the home broker.
+
+    `redis` must be a client without patience: `lease` and `adopt` made a second time give what the first left over.
+    """
 
     def __init__(
         self, redis: Redis, job: JobRef, site: str, *, max_attempts: int = 5, lease_ms: int = LEASE_MS
@@ -68,7 +71,10 @@ class SiteLeases:
         return claims
 
     async def adopt(self, keys: Sequence[str]) -> list[Claim]:
-        """Takes those of `keys` that are queued: work on them goes on here, though the broker forgot our lease."""
+        """Takes those of `keys` that are queued: work on them goes on here, though the broker forgot our lease.
+
+        As with `lease`, a lost answer leaves tickets with this site.
+        """
         claims: list[Claim] = []
         for chunk in slices(keys, _CALL_TICKETS):
             found = await broker.call(self._redis, self._keys, "adopt", self._site, secrets.token_hex(8), *chunk)
