@@ -115,7 +115,7 @@ async def learn(load: Load, url: str, job: JobRef, folder: Path, version_file: P
     spec, course, watch = _spec(load, job), Course(), Watch(load.limit)
     (folder / "learner" / "checkpoints").mkdir(parents=True)
     client = broker.connect(url)
-    link = _Link(client, job, "home", MAX_ATTEMPTS)
+    link = _Link(client, job, "home", MAX_ATTEMPTS, spec.resources.site_lease_s)
     link.watch(watch)
     ledger = Ledger()
     intake = Intake(link, ledger, job, Limits(vocab_size=64, max_context=64, max_sampled=16, temperature=1.0))

@@ -177,6 +177,12 @@ class ResourcesSpec(Spec):
     verifier_workers: int = Field(1, ge=1, le=64)
     threads: int = Field(1, ge=1, le=1024, description="torch threads of the learner and of each generator")
     actor_lease_s: float = Field(15.0, ge=1, le=3600)
+    site_lease_s: float = Field(
+        4 * 3600.0,
+        ge=1,
+        le=30 * 24 * 3600,
+        description="seconds of silence after which others get its tickets",
+    )
     max_attempts: int = Field(5, ge=1, le=100, description="attempts at a ticket before it is a dead letter")
 
 

@@ -20,7 +20,7 @@ from chaos.leg import Json, Leg
 from chaos.netns import Namespace
 from chaos.proof import prove
 from chaos.schedule import KILLS, Kind, Place, plan, targets_at, targets_at_home
-from chaos.site import Site
+from chaos.site import SITE_LEASE_S, Site
 from chaos.world import Machine, World
 from longshore.config import SiteSpec
 
@@ -204,5 +204,5 @@ def job_document(number: int, settings: Settings) -> Json:
         },
         "evaluation": {"tasks": 100},
         "weights": {"dtype": "float32", "keep": 16},
-        "resources": {"actor_lease_s": 5.0, "max_attempts": 10},
+        "resources": {"actor_lease_s": 5.0, "site_lease_s": SITE_LEASE_S, "max_attempts": 10},
     }

@@ -7,7 +7,6 @@ link; without, it shares loopback with home, and its link cannot be cut.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import os
 import subprocess
@@ -96,12 +95,7 @@ class Site(Machine):
         home = Endpoints(f"redis://127.0.0.1:{_BROKER_PORT}", f"127.0.0.1:{_WEIGHTS_PORT}")
         broker = own_broker(self.broker_folder, self._world.folder / f"{self.spec.name}-broker.sock")
         specs = plan_job(job, home, paths, {self.spec.name: broker})
-        return [self._with_lease(spec) for spec in specs if spec.name.startswith(f"{self.spec.name}-")]
-
-    def _with_lease(self, spec: ProcessSpec) -> ProcessSpec:
-        if spec.service != "relay":
-            return spec
-        return dataclasses.replace(spec, env={**spec.env, "LONGSHORE_SITE_LEASE_S": str(SITE_LEASE_S)})
+        return [spec for spec in specs if spec.name.startswith(f"{self.spec.name}-")]
 
     def _forward(self) -> list[subprocess.Popen[bytes]]:
         broker, weights = f"unix:{self._world.broker_socket}", f"file:{self._address_file}"

@@ -29,6 +29,7 @@ from longshore.learner.trainer import Trainer
 from longshore.learner.upkeep import Upkeep
 from longshore.rollout_queue.dead_letters import DeadLetters
 from longshore.rollout_queue.rollouts import RolloutQueue
+from longshore.rollout_queue.site_leases import SiteLeases
 from longshore.rollout_queue.tickets import TicketQueue
 from longshore.tasks.source import TrainCursor, is_heldout
 from longshore.types import JobRef, Message, Purpose, Task
@@ -71,7 +72,7 @@ class World:
         model = NewModel(hidden_size=16, layers=1, heads=2, kv_heads=2, intermediate_size=16, max_context=32)
         torch.set_num_threads(1)
         policy = _new_model(model, character_tokenizer([task(1)]), 0)
-        link = BrokerLink(client, job, "home", 5)
+        link = BrokerLink(client, job, "home", 5, 3600.0)
         ledger = ledger or Ledger()
         self.parts = Parts(
             job=job,
@@ -256,6 +257,19 @@ async def test_a_broker_that_lost_its_tail_has_the_right_counts_again(private_br
     assert counts.states["prompt_too_long"] == 2
     assert world.said.warnings == []
     assert await world.rollouts.covered([claims[0].ticket.ref.key]) == {claims[0].ticket.ref.key}
+
+
+async def test_site_leases_run_out_as_the_job_says(bench):
+    link = BrokerLink(bench.redis, bench.job, "home", 9, 0.001)
+    patient = BrokerLink(bench.redis, bench.job, "home", 9, 3600.0)
+    await bench.issued(1)
+    for attempt in range(1, 7):
+        (claim,) = await SiteLeases(bench.redis, bench.job, "west", max_attempts=9).lease(1)
+        assert claim.attempt == attempt
+        await asyncio.sleep(0.002)
+        assert await patient.expire_site_leases() == 0
+        assert await link.expire_site_leases() == 1
+        assert await bench.states() == {"queued": 1}
 
 
 async def test_a_full_broker_takes_its_tickets_later(private_broker, connect, tmp_path):

@@ -32,7 +32,15 @@ WAIT_S = 30.0
 class Bridge:
     """One job, its two brokers and its relay."""
 
-    def __init__(self, folder: Path, home: Any, west: Any, connect: Callable[..., Redis], **settings: object) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        home: Any,
+        west: Any,
+        connect: Callable[..., Redis],
+        resources: dict[str, object] | None = None,
+        **settings: object,
+    ) -> None:
         self.job = JobRef("default", f"job-{uuid.uuid4().hex[:8]}")
         self.home, self.west = home, west
         self.home_redis, self.west_redis = connect(home.url, patience_s=5), connect(west.url, patience_s=5)
@@ -44,6 +52,7 @@ class Bridge:
             "tasks": {"source": "jsonl"},
             "verifier": {"name": "exact-match"},
             "train": {"steps": 1},
+            "resources": resources or {},
             "sites": [{"name": SITE}],
         }
         document = {"project": "default", "job": self.job.job, "spec": spec, "learner_public_key": "ab" * 32}
@@ -217,7 +226,7 @@ async def test_tickets_go_out_and_rollouts_come_home(bridge: Bridge) -> None:
 
 
 class LosesReplies:
-    """Stands before a broker; the replies to calls with these words in them get lost, once each, by a cut connection."""
+    """Stands before a broker; of calls with these words in them the reply gets lost, once each, by a cut connection."""
 
     def __init__(self, to: Path, words: list[bytes]) -> None:
         self._to = to
@@ -365,7 +374,7 @@ async def test_a_home_broker_that_lost_its_tail(bridge: Bridge) -> None:
     assert {key: len(items) for key, items in bridge.read.items()} == dict.fromkeys(bridge.out, 1)
 
 
-@pytest.mark.parametrize("bridge", [{"site_lease_s": 2}], indirect=True)
+@pytest.mark.parametrize("bridge", [{"resources": {"site_lease_s": 2}}], indirect=True)
 async def test_a_site_whose_lease_ran_out_is_fenced(bridge: Bridge) -> None:
     await bridge.open(3)
     bridge.relay.start()
@@ -375,7 +384,7 @@ async def test_a_site_whose_lease_ran_out_is_fenced(bridge: Bridge) -> None:
     await bridge.deliver(claims[:1])
 
     async def ran_out() -> bool:
-        return await expire(bridge.home_redis, bridge.job, 2000) == 3
+        return await expire(bridge.home_redis, bridge.job, 2000, max_attempts=5) == 3
 
     await bridge.until(ran_out, "the lease")
     others = await bridge.tickets.claim("actor-h", 2, 0)

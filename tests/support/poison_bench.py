@@ -41,7 +41,7 @@ class PoisonBench:
         self.redis = client
         self.job = job
         self.keys = JobKeys(job)
-        self.link = BrokerLink(client, job, "home", 5)
+        self.link = BrokerLink(client, job, "home", 5, 3600.0)
         self.ledger = Ledger()
         limits = Limits(VOCABULARY, CONTEXT, TURN_TOKENS, temperature=1.0)
         self.intake = Intake(self.link, self.ledger, job, limits)

@@ -200,7 +200,7 @@ class World:
 
     async def expire(self) -> None:
         """Every site lease runs out."""
-        await expire(self.redis, self.job, 0)
+        await expire(self.redis, self.job, 0, max_attempts=50)
 
     async def learner_reads(self) -> None:
         await self._take(await self.home_rollouts.read(100, 0))

@@ -46,9 +46,20 @@ class Cancelled(LongshoreError):
 class BrokerLink:
     """Tickets out, rollouts in, events and commands, for one job and one learner epoch."""
 
-    def __init__(self, client: Redis, job: JobRef, site: str, max_attempts: int, *, blobs: Blobs | None = None) -> None:
+    def __init__(
+        self,
+        client: Redis,
+        job: JobRef,
+        site: str,
+        max_attempts: int,
+        site_lease_s: float,
+        *,
+        blobs: Blobs | None = None,
+    ) -> None:
         self._redis = client
         self._job = job
+        self._max_attempts = max_attempts
+        self._site_lease_ms = int(site_lease_s * 1000)
         self._tickets = TicketQueue(client, job, site, max_attempts=max_attempts)
         self._rollouts = RolloutQueue(client, job, site, blobs=blobs)
         self._channel = JobChannel(client, job)
@@ -118,7 +129,9 @@ class BrokerLink:
 
     async def expire_site_leases(self) -> int:
         """Puts tickets whose site lease ran out back into the queue. Returns how many."""
-        return await self._call(lambda: expire(self._redis, self._job))
+        return await self._call(
+            lambda: expire(self._redis, self._job, self._site_lease_ms, max_attempts=self._max_attempts)
+        )
 
     async def wishes(self) -> list[tuple[str, bytes]]:
         """(id, serialised task) of the dead letters that people want attempted again."""

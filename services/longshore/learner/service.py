@@ -57,7 +57,8 @@ async def serve(settings: LearnerSettings, stop: asyncio.Event) -> None:
     weights = WeightsClient(settings.weights, job.ref, bytes.fromhex(job.learner_public_key))
     try:
         blobs = Blobs.open(settings.blobs_url) if settings.blobs_url else None
-        link = BrokerLink(client, job.ref, settings.site, job.spec.resources.max_attempts, blobs=blobs)
+        resources = job.spec.resources
+        link = BrokerLink(client, job.ref, settings.site, resources.max_attempts, resources.site_lease_s, blobs=blobs)
         await _run(settings, job, link, weights, stop)
     finally:
         await weights.close()

@@ -19,4 +19,3 @@ class RelaySettings(JobProcessSettings, BrokerSettings):
     # A rollout has at most 64 MiB, so it always fits into an empty spool.
     spool_mb: int = Field(1024, ge=128, description="bound of the spool on the disk, in MiB")
     allowance: int = Field(128, ge=1, description="tickets that the site may hold at a time")
-    site_lease_s: float = Field(4 * 3600.0, ge=1, description="seconds after which the home site gives tickets away")

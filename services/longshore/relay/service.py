@@ -34,14 +34,15 @@ async def serve(settings: RelaySettings, stop: asyncio.Event) -> None:
     if settings.site == HOME_SITE:
         raise ConfigError("LONGSHORE_SITE: the home site needs no relay")
     job = settings.load_job()
-    async with contextlib.AsyncExitStack() as resources:
+    resources = job.spec.resources
+    async with contextlib.AsyncExitStack() as opened:
         spool = await asyncio.to_thread(Spool.open, settings.spool_dir, settings.spool_mb * 1024 * 1024)
-        resources.callback(spool.close)
+        opened.callback(spool.close)
         site_client = broker.connect(settings.broker_url, patience_s=_CALL_S)
-        resources.push_async_callback(site_client.aclose)
+        opened.push_async_callback(site_client.aclose)
         # It repeats nothing by itself: a lost reply may have given us tickets, and only who hears of it asks for them.
         home_client = broker.connect(settings.home_broker_url, patience_s=0.0)
-        resources.push_async_callback(home_client.aclose)
+        opened.push_async_callback(home_client.aclose)
         book = Book(spool)
         labels = (job.project, job.job, settings.site)
         site_side = SiteSide(
@@ -55,13 +56,13 @@ async def serve(settings: RelaySettings, stop: asyncio.Event) -> None:
                 home_client,
                 job.ref,
                 settings.site,
-                max_attempts=job.spec.resources.max_attempts,
-                lease_ms=int(settings.site_lease_s * 1000),
+                max_attempts=resources.max_attempts,
+                lease_ms=int(resources.site_lease_s * 1000),
                 blobs=_blobs(settings.home_blobs_url),
             ),
             book,
             settings.allowance,
-            min(RENEW_S, settings.site_lease_s / 10),
+            min(RENEW_S, resources.site_lease_s / 10),
             job.spec.train.group_size,
             lambda outcome: metrics.FORWARDED.labels(*labels, outcome).inc(),
             metrics.LEASED.labels(*labels).inc,

@@ -133,7 +133,7 @@ class SiteLeases:
         return claims
 
 
-async def expire(redis: Redis, job: JobRef, lease_ms: int = LEASE_MS, *, max_attempts: int = 5) -> int:
+async def expire(redis: Redis, job: JobRef, lease_ms: int, *, max_attempts: int) -> int:
     """Puts tickets whose site lease ran out back into the queue, for whoever is free. Returns how many ran out.
 
     One without attempts left ends as attempts_exhausted.
