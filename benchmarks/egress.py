@@ -175,7 +175,7 @@ class Bench:
         tickets, queue = TicketQueue(self.home, self.job), RolloutQueue(self.home, self.job)
         await tickets.setup()
         epoch = await tickets.open_epoch()
-        await queue.reconcile(epoch, None)
+        await queue.reconcile(epoch, await broker.incarnation(self.home), None)
         issued, ends, saved = 0, list[End](), time.monotonic()
         while self.issuing or self.rollouts < issued:
             if self.issuing and issued - self.rollouts < 2 * ALLOWANCE:

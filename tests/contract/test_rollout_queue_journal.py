@@ -83,6 +83,18 @@ async def test_a_damaged_journal_is_told(bench, journal):
     assert await journal.read(claim) == []
 
 
+async def test_who_slept_clears_nothing(bench, journal):
+    (old,) = await claimed(bench)
+    await journal.append(old, 0, b"one")
+    (new,) = await bench.tickets.take_over("actor-1", 1, 0)
+    await journal.append(new, 1, b"two")
+    with pytest.raises(Fenced):
+        await journal.clear(old)
+    assert await journal.read(new) == [b"one", b"two"]
+    await journal.clear(new)
+    assert await journal.read(new) == []
+
+
 # -- blobs -------------------------------------------------------------------------------------------------------------
 
 

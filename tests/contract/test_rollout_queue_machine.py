@@ -65,6 +65,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.bench = self.make_bench(self.client, max_attempts=MAX_ATTEMPTS)
         self.models: dict[str, Model] = {}
         self.epoch = 0
+        self.incarnation = self.run(broker.incarnation(self.client))
         # Who leased what.
         self.site_of: dict[tuple[str, int, str], str] = {}
         self.next_group = 0
@@ -345,7 +346,7 @@ class QueueMachine(RuleBasedStateMachine):
             if state in FINAL
         }
         for given in (None, finals):
-            assert self.run(self.bench.rollouts.reconcile(self.epoch, given)) == before.issued
+            assert self.run(self.bench.rollouts.reconcile(self.epoch, self.incarnation, given)) == before.issued
             assert self.run(self.bench.ledger.counts()) == before
         ended = {key for key, model in self.models.items() if model.state in FINAL}
         assert self.run(self.bench.rollouts.covered(list(self.models))) == ended

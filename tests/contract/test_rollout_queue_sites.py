@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from longshore.errors import Conflict, Fenced, NotFound
-from longshore.rollout_queue import site_leases
+from longshore.errors import Conflict, Fenced, NotFound, Unavailable
+from longshore.rollout_queue import broker, site_leases
 from longshore.rollout_queue.rollouts import End, RolloutQueue
 from longshore.rollout_queue.site_leases import SiteLeases
 from longshore.rollout_queue.tickets import TicketQueue
@@ -133,7 +133,7 @@ async def test_only_what_the_frontier_covers_may_be_forgotten(bench):
     await bench.rollouts.deliver(waiting, b"2")
     keys = ["0.0", "0.1", "0.2"]
     assert await bench.rollouts.covered(keys) is None
-    await bench.rollouts.reconcile(epoch, {})
+    await bench.rollouts.reconcile(epoch, await broker.incarnation(bench.redis), {})
     assert await bench.rollouts.covered(keys) == set()
     await bench.rollouts.acknowledge(epoch, [End(None, "0.0", "trained")])
     assert await bench.rollouts.covered(keys) == {"0.0"}
@@ -142,7 +142,8 @@ async def test_only_what_the_frontier_covers_may_be_forgotten(bench):
 async def test_a_new_incarnation_covers_nothing_until_the_learner_has_reconciled(private_broker, connect, make_bench):
     bench = make_bench(connect(private_broker.url))
     epoch = await bench.issued(2)
-    await bench.rollouts.reconcile(epoch, {})
+    told = await broker.incarnation(bench.redis)
+    await bench.rollouts.reconcile(epoch, told, {})
     (claim,) = await bench.tickets.claim("actor-0", 1, 0)
     await bench.rollouts.deliver(claim, b"x")
     await bench.rollouts.acknowledge(epoch, [End(None, "0.0", "trained")])
@@ -151,8 +152,13 @@ async def test_a_new_incarnation_covers_nothing_until_the_learner_has_reconciled
     private_broker.kill()
     private_broker.start()
     assert await bench.rollouts.covered(["0.0"]) is None
+    # Whoever has not noticed the restart has told this one nothing.
+    with pytest.raises(Unavailable, match="has restarted"):
+        await bench.rollouts.reconcile(epoch, told, {("home", "trained"): 1})
+    assert await bench.rollouts.covered(["0.0"]) is None
     # The learner's ledger knows of more that ended than the broker does.
-    await bench.rollouts.reconcile(epoch, {("home", "trained"): 3, ("west", "trained"): 2})
+    finals = {("home", "trained"): 3, ("west", "trained"): 2}
+    await bench.rollouts.reconcile(epoch, await broker.incarnation(bench.redis), finals)
     assert await bench.rollouts.covered(["0.0", "0.1"]) == {"0.0"}
     counts = await bench.ledger.counts()
     assert (counts.issued, counts.balanced) == (6, True)
@@ -163,7 +169,7 @@ async def test_an_old_learner_cannot_reconcile(bench):
     epoch = await bench.issued(1)
     await bench.tickets.open_epoch()
     with pytest.raises(Fenced):
-        await bench.rollouts.reconcile(epoch, {})
+        await bench.rollouts.reconcile(epoch, await broker.incarnation(bench.redis), {})
 
 
 async def test_a_verdict_that_comes_later(bench):

@@ -243,6 +243,7 @@ async def test_a_broker_that_lost_its_tail_has_the_right_counts_again(private_br
     await world.durability.settled()
     await world.issuer.issue()
     await world.check_equal()
+    told = world.parts.link.incarnation
     private_broker.kill()
     private_broker.lose_tail(size)
     private_broker.start()
@@ -250,6 +251,12 @@ async def test_a_broker_that_lost_its_tail_has_the_right_counts_again(private_br
     await world.parts.link.read(1, 0)
     world.parts.link._checked = 0.0
     await world.parts.link.read(1, 0)
+    assert world.parts.link.lost_tail
+    # What was begun when the broker of before had been told everything says nothing of this one.
+    world.parts.link.lost_tail = False
+    await world.durability.checkpoint(told)
+    await world.durability.settled()
+    assert (await world.rollouts.covered([claims[0].ticket.ref.key])) is None
     assert world.parts.link.lost_tail
     await world.look()
     await world.check_equal()

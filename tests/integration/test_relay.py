@@ -18,6 +18,7 @@ from processes import Service
 from redis.asyncio import Redis
 
 from longshore.errors import Fenced, Unavailable
+from longshore.rollout_queue import broker
 from longshore.rollout_queue.ledger import Ledger
 from longshore.rollout_queue.rollouts import Delivery, End, RolloutQueue
 from longshore.rollout_queue.site_leases import expire
@@ -76,7 +77,7 @@ class Bridge:
         """The learner's start, at home; the relay is not started."""
         await self.tickets.setup()
         self.epoch = await self.tickets.open_epoch()
-        await self.rollouts.reconcile(self.epoch, {})
+        await self.rollouts.reconcile(self.epoch, await broker.incarnation(self.home_redis), {})
         await self.issue(tickets)
 
     async def issue(self, count: int) -> None:
@@ -130,7 +131,7 @@ class Bridge:
         await self.tickets.setup()
         await self.tickets.raise_epoch(self.epoch)
         await self.tickets.issue(self.epoch, list(self.out.values()))
-        await self.rollouts.reconcile(self.epoch, {})
+        await self.rollouts.reconcile(self.epoch, await broker.incarnation(self.home_redis), {})
 
     # -- looking -------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from longshore.relay.book import Book
 from longshore.relay.brokers import HomeQueues, SiteQueues
 from longshore.relay.home_side import HomeSide
 from longshore.relay.site_side import SiteSide
+from longshore.rollout_queue import broker
 from longshore.rollout_queue.keys import JobKeys
 from longshore.rollout_queue.ledger import Ledger
 from longshore.rollout_queue.rollouts import Delivery, End, RolloutQueue
@@ -42,6 +43,13 @@ class Flaky:
     async def incarnation(self) -> str:
         self._check()
         return self._incarnation()
+
+    async def reconcile(self, epoch: int, incarnation: str) -> int:
+        """The site's; the server's own name for itself stays the same here, see `Tier`."""
+        self._check()
+        if incarnation != self._incarnation():
+            raise Unavailable("the broker has restarted")
+        return int(await self._inner.reconcile(epoch, await self._inner.incarnation()))
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._inner, name)
@@ -121,7 +129,7 @@ class World:
         await self.home_tickets.setup()
         await self.site_tickets.setup()
         self.epoch = await self.home_tickets.open_epoch()
-        await self.home_rollouts.reconcile(self.epoch, {})
+        await self.home_rollouts.reconcile(self.epoch, await broker.incarnation(self.redis), {})
         self.start_relay()
         await self.home.save()
         await self.west.save()
@@ -238,7 +246,7 @@ class World:
         finals: dict[tuple[str, str], int] = {}
         for why in self.ended.values():
             finals["home", why] = finals.get(("home", why), 0) + 1
-        await self.home_rollouts.reconcile(self.epoch, finals)
+        await self.home_rollouts.reconcile(self.epoch, await broker.incarnation(self.redis), finals)
 
     async def site_loses_tail(self) -> None:
         await self.west.lose_tail()

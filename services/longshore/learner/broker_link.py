@@ -108,16 +108,20 @@ class BrokerLink:
         """Sets a delivery aside that failed validation. Returns whether its ticket has ended with it."""
         return await self._call(lambda: self._rollouts.dead_letter(self.epoch, delivery, reason, detail, task))
 
-    async def reconcile(self, finals: Mapping[tuple[str, str], int]) -> None:
+    @property
+    def incarnation(self) -> str:
+        """The broker's, as far as we have noticed."""
+        return self._incarnation
+
+    async def reconcile(self, told: str, finals: Mapping[tuple[str, str], int]) -> None:
         """Makes the broker's counts anew and lets the sites forget what has ended.
 
-        To be called when everything that is out has been said again and everything that ended is durable; it does
-        nothing when the broker has restarted since then.
+        To be called when everything that ended is durable. It changes nothing when the broker is no longer `told`: the
+        incarnation that all that is out has been said to.
         """
         try:
-            if self.lost_tail or await broker.incarnation(self._redis) != self._incarnation:
-                return
-            await self._rollouts.reconcile(self.epoch, finals)
+            if not self.lost_tail:
+                await self._rollouts.reconcile(self.epoch, told, finals)
         except Unavailable as error:
             # Not made again here: the broker that comes back has to be told everything first.
             log.warning("not reconciled", reason=str(error))

@@ -58,11 +58,11 @@ class Durability:
     def anything_waits(self) -> bool:
         return bool(self._waiting)
 
-    async def checkpoint(self, reconcile: bool = False) -> None:
+    async def checkpoint(self, told: str = "") -> None:
         """Starts a checkpoint of this moment; what it covers is acknowledged once it is durable.
 
-        With `reconcile`, the broker's counts are made anew after that, and sites may forget what it covers; everything
-        that is out must have been said again to the broker as it is now.
+        With `told`, the incarnation of the broker that everything that is out has been said to, its counts are made
+        anew after that, and sites may forget what the checkpoint covers.
         """
         await self.settled()
         parts = self._parts
@@ -74,7 +74,7 @@ class Durability:
             "covered": [[end.entry_id, end.ticket_key, end.outcome] for end in ends_of([*self._lately(), *covered])],
         }
         snapshot = take_snapshot(parts.trainer, parts.progress.step, state)
-        self._writing = asyncio.create_task(self._write(snapshot, covered, reconcile))
+        self._writing = asyncio.create_task(self._write(snapshot, covered, told))
 
     async def settled(self) -> None:
         """Until the checkpoint before is durable and acknowledged. Raises what went wrong with it."""
@@ -82,20 +82,20 @@ class Durability:
             writing, self._writing = self._writing, None
             await writing
 
-    async def reconcile(self) -> None:
+    async def reconcile(self, told: str) -> None:
         """Makes the broker's counts anew, where nothing waits for a checkpoint."""
-        await self._parts.link.reconcile(self._parts.ledger.known_at_broker)
+        await self._parts.link.reconcile(told, self._parts.ledger.known_at_broker)
         metrics.RECONCILED.labels(*self._labels).inc()
 
-    async def _write(self, snapshot: Snapshot, covered: list[Ending], reconcile: bool) -> None:
+    async def _write(self, snapshot: Snapshot, covered: list[Ending], told: str) -> None:
         await when_there_is_room(lambda: write_checkpoint(self._folder, snapshot), "a checkpoint")
-        again = self._lately() if reconcile else []
+        again = self._lately() if told else []
         await self._parts.link.acknowledge(ends_of([*again, *covered]))
         self._parts.ledger.acknowledged(covered)
         now = time.monotonic()
         self._recent.extend((now, ending) for ending in covered)
-        if reconcile:
-            await self.reconcile()
+        if told:
+            await self.reconcile(told)
 
     def _lately(self) -> list[Ending]:
         """What was acknowledged so lately that a broker may lose it."""

@@ -47,10 +47,11 @@ class Upkeep:
     async def begin(self) -> None:
         """At a learner's start: takes in what is unacknowledged, says again what is out, makes the counts anew."""
         await self._parts.intake.read_again()
+        told = self._parts.link.incarnation
         await self._issuer.say_again()
         if self._issuer.all_sent:
             # All that has ended is in the checkpoint that we started from.
-            await self._durability.reconcile()
+            await self._durability.reconcile(told)
             self._mends_left = MENDS
         else:
             self._parts.link.lost_tail = True
@@ -59,7 +60,7 @@ class Upkeep:
         """When every ticket has ended: leaves a broker that lost something with the right counts."""
         if self._parts.link.lost_tail:
             self._parts.link.lost_tail = False
-            await self._durability.checkpoint(reconcile=True)
+            await self._durability.checkpoint(told=self._parts.link.incarnation)
             await self._durability.settled()
 
     async def run(self) -> None:
@@ -86,11 +87,12 @@ class Upkeep:
         self._mends_left = MENDS
 
     async def _make_anew(self) -> None:
+        told = self._parts.link.incarnation
         await self._issuer.say_again()
         if not self._issuer.all_sent:
             # The broker has no room for tickets: what a checkpoint frees comes first, and all of this again then.
-            self._parts.link.lost_tail = True
-        await self._durability.checkpoint(reconcile=self._issuer.all_sent)
+            self._parts.link.lost_tail, told = True, ""
+        await self._durability.checkpoint(told)
 
     async def _look(self) -> None:
         counts = await self._parts.link.counts()

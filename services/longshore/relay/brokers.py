@@ -58,8 +58,8 @@ class SiteQueues:
     async def dead_letter(self, epoch: int, delivery: Delivery, reason: str, detail: str) -> bool:
         return await self._rollouts.dead_letter(epoch, delivery, reason, detail)
 
-    async def reconcile(self, epoch: int) -> int:
-        return await self._rollouts.reconcile(epoch, None)
+    async def reconcile(self, epoch: int, incarnation: str) -> int:
+        return await self._rollouts.reconcile(epoch, incarnation, None)
 
 
 class HomeQueues:

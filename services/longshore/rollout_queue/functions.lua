@@ -458,6 +458,17 @@ local function journal(job, args)
   return 'ok'
 end
 
+-- ARGV: .., key, attempt, entry. Forgets the journal. Returns 1, or 0 when the attempt is no longer held.
+local function clear_journal(job, args)
+  local ticket = held(job, args[2], args[3], args[4])
+  if not ticket then
+    return 0
+  end
+  forget_journal(job, ticket)
+  save(job, ticket)
+  return 1
+end
+
 -- Whether a rollout of this attempt is the one to take: its attempt holds the ticket; or nobody has started anew since
 -- (the lease ran out, or the broker lost its tail and with it the start of this attempt).
 local function open_to(ticket, attempt, entry)
@@ -771,8 +782,8 @@ end
 
 local function final_counts(job, args)
   local finals = {}
-  if args[3] == 'given' then
-    for i = 4, #args, 3 do
+  if args[4] == 'given' then
+    for i = 5, #args, 3 do
       finals['state:' .. args[i + 1] .. '@' .. args[i]] = tonumber(args[i + 2])
     end
     return finals
@@ -787,12 +798,16 @@ local function final_counts(job, args)
   return finals
 end
 
--- ARGV: .., epoch, 'given' | 'kept', then (site, outcome, number) of each final count. Returns {'ok', issued}.
+-- ARGV: .., epoch, incarnation, 'given' | 'kept', then (site, outcome, number) of each final count. Returns {'ok',
+-- issued}, or {'restarted'}: this is another incarnation, which may lack what the one before was told.
 -- The counts are made anew from the tickets that are here and these finals; sites may then trust `covered`.
 local function reconcile(job, args)
   local refusal = fence(job, args[2])
   if refusal then
     return refusal
+  end
+  if args[3] ~= incarnation() then
+    return {'restarted'}
   end
   local counts, issued, bytes = final_counts(job, args), 0, 0
   local tickets = redis.call('HGETALL', job.live)
@@ -808,7 +823,7 @@ local function reconcile(job, args)
     redis.call('HSET', job.counts, name, number)
   end
   redis.call('HSET', job.counts, 'issued', issued, 'bytes', bytes)
-  redis.call('SET', job.reconciled, incarnation())
+  redis.call('SET', job.reconciled, args[3])
   return {'ok', issued}
 end
 
@@ -827,6 +842,7 @@ register('issue', issue, {})
 register('deliver', deliver, {})
 register('verdict', verdict, {})
 register('journal', journal, {})
+register('clear_journal', clear_journal, {'allow-oom'})
 register('open_epoch', open_epoch, {'allow-oom'})
 register('raise_epoch', raise_epoch, {'allow-oom'})
 register('start', start, {'allow-oom'})

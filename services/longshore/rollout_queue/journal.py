@@ -42,7 +42,7 @@ class Journal:
         packed = zstandard.ZstdCompressor(level=_LEVEL).compress(turn)
         reply = await broker.call(self._redis, self._keys, "journal", *claim.fence, index, packed, MAX_JOURNAL_BYTES)
         if reply == b"taken":
-            raise Fenced(f"ticket {claim.ticket.ref.key}, attempt {claim.attempt}: it is no longer held")
+            raise _fenced(claim)
         if reply != b"ok":
             reason = reply.decode()
             raise Rejected(reason, f"journal of {claim.ticket.ref.key}, turn {index} of {len(packed)} bytes")
@@ -65,9 +65,13 @@ class Journal:
             raise IntegrityError(f"the journal of {claim.ticket.ref.key} is damaged") from None
 
     async def clear(self, claim: Claim) -> None:
-        """Forgets the journal, so that the next attempt starts anew."""
-        with broker.reaching():
-            await self._redis.delete(self._name(claim))
+        """Forgets the journal, so that the next attempt starts anew. Raises Fenced as `append`."""
+        if not await broker.call(self._redis, self._keys, "clear_journal", *claim.fence):
+            raise _fenced(claim)
 
     def _name(self, claim: Claim) -> str:
         return f"{self._keys.ticket_prefix}{claim.ticket.ref.key}:journal"
+
+
+def _fenced(claim: Claim) -> Fenced:
+    return Fenced(f"ticket {claim.ticket.ref.key}, attempt {claim.attempt}: it is no longer held")

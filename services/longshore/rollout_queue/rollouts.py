@@ -242,21 +242,26 @@ class RolloutQueue:
         self._blob_of.pop(delivery.entry_id, None)
         return bool(reply[0])
 
-    async def reconcile(self, epoch: int, finals: Mapping[tuple[str, str], int] | None) -> int:
+    async def reconcile(self, epoch: int, incarnation: str, finals: Mapping[tuple[str, str], int] | None) -> int:
         """Makes the broker's counts anew from the tickets that it knows and the final counts given by (site, outcome);
         None: those that it has. From then on `covered` answers.
 
-        To be called at the learner's start and after a new incarnation of the broker: when every ticket still out has
-        been issued again, and a durable checkpoint contains all that ended. Returns how many tickets were issued.
+        To be called at the learner's start and after a new incarnation of the broker: when this `incarnation` has been
+        told of every ticket still out, and a durable checkpoint contains all that ended. Returns how many tickets were
+        issued.
 
         Raises:
             Fenced: a newer epoch is open.
+            Unavailable: the broker has restarted since then, and has to be told again.
         """
-        parts: list[str | int] = ["kept" if finals is None else "given"]
+        parts: list[str | int] = [incarnation, "kept" if finals is None else "given"]
         for (site, outcome), number in (finals or {}).items():
             check_reason(outcome)
             parts += (site, outcome, number)
-        return int(checked(await broker.call(self._redis, self._keys, "reconcile", epoch, *parts), epoch)[0])
+        reply = await broker.call(self._redis, self._keys, "reconcile", epoch, *parts)
+        if reply[0] == b"restarted":
+            raise Unavailable(f"the broker has restarted: {incarnation} is gone")
+        return int(checked(reply, epoch)[0])
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ async def test_what_an_earlier_life_left_is_delivered_and_kept_until_it_is_cover
     await world.trained(150)
     await world.sweeper.sweep()
     assert len(world.spool.keys()) == 200
-    await world.bench.rollouts.reconcile(world.epoch, None)
+    await world.bench.rollouts.reconcile(world.epoch, await broker.incarnation(world.bench.redis), None)
     await world.sweeper.sweep()
     assert len(world.spool.keys()) == 50
     await world.trained(50)
@@ -108,7 +108,7 @@ async def test_a_broker_that_lost_its_tail_gets_everything_again(
     bench = make_bench(connect(private_broker.url))
     world = make_world(bench)
     claims = await world.claims(3)
-    await bench.rollouts.reconcile(world.epoch, None)
+    await bench.rollouts.reconcile(world.epoch, await broker.incarnation(bench.redis), None)
     await world.spooled(claims[:1], delivered=True)
     await world.sweeper.sweep()
     await asyncio.sleep(1.2)
@@ -131,7 +131,7 @@ async def test_a_broker_that_lost_its_tail_gets_everything_again(
     await world.sweeper.sweep()
     assert late[0].fence[0] in world.spool
     await bench.tickets.issue(world.epoch, [*bench.some(3), bench.ticket(9, 0)])
-    await bench.rollouts.reconcile(world.epoch, None)
+    await bench.rollouts.reconcile(world.epoch, await broker.incarnation(bench.redis), None)
     await world.sweeper.sweep()
     assert world.seen == {"repeated": 1, "delivered": 2}
     assert await bench.states() == {"delivered": 3, "running": 1}
@@ -147,7 +147,7 @@ async def test_a_rollout_that_another_attempt_made_useless_is_not_sent_for_ever(
     await world.sweeper.sweep()
     await world.sweeper.sweep()
     assert world.seen == {}
-    await world.bench.rollouts.reconcile(world.epoch, None)
+    await world.bench.rollouts.reconcile(world.epoch, await broker.incarnation(world.bench.redis), None)
     for _ in range(3):
         await world.sweeper.sweep()
     assert world.seen == {"fenced": 1}
