@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import rollout
 from redis.asyncio import Redis
 
 from longshore.config import JobSpec, NewModel
@@ -264,6 +265,42 @@ async def test_a_broker_that_lost_its_tail_has_the_right_counts_again(private_br
     assert counts.states["prompt_too_long"] == 2
     assert world.said.warnings == []
     assert await world.rollouts.covered([claims[0].ticket.ref.key]) == {claims[0].ticket.ref.key}
+
+
+async def test_a_repeat_ends_no_ticket_before_its_end_is_durable(make_world):
+    """A crash now, and the rollout is needed once more."""
+    world = make_world()
+    await world.parts.link.open(0)
+    await world.upkeep.begin()
+    await world.issuer.issue()
+    for claim in await world.tickets.claim("actor-0", SIZE, 0):
+        await world.rollouts.deliver(claim, b"x")
+    for index, delivery in enumerate(await world.parts.link.read(8, 0)):
+        world.ledger.receive(rollout(0, index), Origin(delivery.entry_id))
+    world.durability.add(world.ledger.settle(world.ledger.open[0], "trained"))
+    stream = world.rollouts._keys.rollouts
+    ((_, fields), _) = await world.client.xrange(stream)
+
+    async def comes_again() -> dict[str, int]:
+        await world.client.xadd(stream, fields)
+        assert await world.parts.intake.read(0) == 1
+        counts = await world.parts.link.counts()
+        return {state: counts.states.get(state, 0) for state in ("delivered", "trained")}
+
+    assert await comes_again() == {"delivered": 2, "trained": 0}
+    assert await world.rollouts.covered(["0.0"]) == set()
+    # A flood of them makes a checkpoint due before its turn.
+    world.parts.max_unacknowledged = 10 * len(fields[b"payload"])
+    while not world.durability.overdue:
+        await comes_again()
+    await world.upkeep.run()
+    await world.durability.settled()
+    assert await world.rollouts.covered(["0.0", "0.1"]) == {"0.0", "0.1"}
+    assert await world.client.xlen(stream) == 0
+    assert await comes_again() == {"delivered": 0, "trained": 2}
+    assert await world.client.xlen(stream) == 0
+    await world.check_equal()
+    assert world.ledger.known_at_broker == {("home", "trained"): 2}
 
 
 async def test_site_leases_run_out_as_the_job_says(bench):

@@ -46,8 +46,8 @@ class Durability:
 
     @property
     def waiting_bytes(self) -> int:
-        """Of rollouts that ended since the last checkpoint was begun."""
-        return sum(ending.num_bytes for ending in self._waiting)
+        """Of rollouts that ended, or came again, since the last checkpoint was begun."""
+        return sum(ending.num_bytes for ending in self._waiting) + self._parts.ledger.repeated_bytes
 
     @property
     def overdue(self) -> bool:
@@ -66,7 +66,7 @@ class Durability:
         """
         await self.settled()
         parts = self._parts
-        covered, self._waiting = self._waiting, []
+        covered, self._waiting = [*self._waiting, *parts.ledger.take_repeats()], []
         state: dict[str, object] = {
             "ledger": parts.ledger.state(),
             "progress": parts.progress.state(),

@@ -91,7 +91,8 @@ class Intake:
                 continue
             if outcome is not None:
                 metrics.REPEATS.labels(*self._labels).inc()
-                repeats.append(End(delivery.entry_id, delivery.ticket_key, outcome))
+                if not self._ledger.hold_repeat(delivery.ticket_key, outcome, _origin(delivery)):
+                    repeats.append(End(delivery.entry_id, delivery.ticket_key, outcome))
         if repeats:
             await self._link.acknowledge(repeats)
 
@@ -100,8 +101,7 @@ class Intake:
         ref = self._ref(delivery)
         if not _SITE.fullmatch(delivery.site):
             raise Rejected("malformed", f"not a site's name: {delivery.site!r}")
-        size = len(delivery.payload or delivery.verdict or b"")
-        origin = Origin(delivery.entry_id, delivery.site, size)
+        origin = _origin(delivery)
         if delivery.final_reason is not None:
             return self._ledger.end_ticket(ref.group_id, ref.index, _reason(delivery.final_reason), origin)
         if delivery.verdict is not None:
@@ -222,6 +222,10 @@ def longest_sequence(rollout: Rollout) -> int:
 def ends_of(endings: Iterable[Ending]) -> list[End]:
     """Ledger endings as the broker takes them."""
     return [End(ending.entry_id, ending.key, ending.outcome) for ending in endings]
+
+
+def _origin(delivery: Delivery) -> Origin:
+    return Origin(delivery.entry_id, delivery.site, len(delivery.payload or delivery.verdict or b""))
 
 
 def _verdict(data: bytes) -> Verdict:

@@ -43,6 +43,10 @@ class Ledger:
         self._late_ready: deque[tuple[int, int]] = deque()
         self._empty: list[int] = []
         self._settled: dict[int, dict[int, str]] = {}
+        # Keys of tickets that ended, and that no durable checkpoint says so of yet.
+        self._undurable: set[str] = set()
+        # Entries of theirs that came again: to be acknowledged with their ends.
+        self._repeated: list[Ending] = []
 
     # -- issue -------------------------------------------------------------------------------------------------------
 
@@ -120,6 +124,22 @@ class Ledger:
         late = self.late.get(group_id)
         ended = late.ended if late is not None else self._settled.get(group_id, {})
         return ended.get(index, TRAINED)
+
+    def hold_repeat(self, key: str, outcome: str, origin: Origin) -> bool:
+        """Keeps an entry that came again of a ticket whose end is not durable yet, for `take_repeats`. False: the end
+        is, and the entry may be acknowledged at once."""
+        if key in self._undurable:
+            self._repeated.append(Ending(key, outcome, origin.entry_id, origin.site, origin.num_bytes, noticed=True))
+        return key in self._undurable
+
+    def take_repeats(self) -> list[Ending]:
+        """What was held, to be acknowledged after the next durable checkpoint."""
+        taken, self._repeated = self._repeated, []
+        return taken
+
+    @property
+    def repeated_bytes(self) -> int:
+        return sum(ending.num_bytes for ending in self._repeated)
 
     def _place(self, group: Group, index: int) -> None:
         """Puts what has become ready in line."""
@@ -252,6 +272,7 @@ class Ledger:
     def _end(self, group: Group, index: int, outcome: str) -> Ending:
         ending = group.ending(index, outcome)
         self.ends[ending.site, outcome] += 1
+        self._undurable.add(ending.key)
         return ending
 
     def _remember(self, group: Group) -> None:
@@ -260,7 +281,9 @@ class Ledger:
             self._settled.pop(next(iter(self._settled)))
 
     def acknowledged(self, endings: Iterable[Ending]) -> None:
-        """Notes that the broker has been told of these."""
+        """Notes that these are durable, and that the broker has been told of them."""
+        endings = list(endings)
+        self._undurable.difference_update(ending.key for ending in endings)
         self.known_at_broker.update((ending.site, ending.outcome) for ending in endings if not ending.noticed)
 
     # -- accounts ----------------------------------------------------------------------------------------------------
