@@ -154,6 +154,21 @@ class AwayBlobs(Blobs):
             raise Unavailable("the storage is away")
 
 
+async def test_a_large_rollout_that_is_not_taken_leaves_nothing_behind(bench, tmp_path):
+    queue = RolloutQueue(bench.redis, bench.job, blobs=Blobs.open(f"file://{tmp_path}/blobs"))
+    (old,) = await claimed(bench)
+    (new,) = await bench.tickets.take_over("actor-1", 1, 0)
+    contents = os.urandom(1_000_000)
+    with pytest.raises(Fenced):
+        await queue.deliver(old, contents)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert await queue.deliver(new, contents)
+    with pytest.raises(Fenced):
+        await queue.deliver(new, contents[::-1])
+    assert await queue.deliver(new, contents) is False
+    assert [item.payload for item in await queue.read(8, 0)] == [contents]
+
+
 async def test_what_could_not_be_fetched_is_read_again(bench, tmp_path):
     blobs = AwayBlobs(tmp_path)
     queue = RolloutQueue(bench.redis, bench.job, blobs=blobs)

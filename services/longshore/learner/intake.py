@@ -106,14 +106,15 @@ class Intake:
             return self._ledger.end_ticket(ref.group_id, ref.index, _reason(delivery.final_reason), origin)
         if delivery.verdict is not None:
             return self._score(ref, delivery.verdict, origin)
+        group = self._ledger.group(ref.group_id)
+        if group is None or ref.index in group.ended:
+            # Whatever is in it, nobody waits for it any more. A large one that the broker gives back after it lost our
+            # acknowledgement is in the storage no longer.
+            return self._ledger.how_ended(ref.group_id, ref.index)
         if not delivery.payload:
             raise Rejected("unreadable", delivery.detail or "its bytes are missing, damaged, or too many")
         if delivery.attempt < 1:
             raise Rejected("malformed", "attempts are counted from 1")
-        group = self._ledger.group(ref.group_id)
-        if group is None or ref.index in group.ended:
-            # Whatever is in it, nobody waits for it any more.
-            return self._ledger.how_ended(ref.group_id, ref.index)
         rollout = self._read(delivery.payload, group)
         self._check(rollout, ref, group)
         if rollout.verdict is not None:

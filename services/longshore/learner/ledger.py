@@ -193,13 +193,16 @@ class Ledger:
             late: (group, index) of the late members.
 
         Raises:
-            LookupError: it can never be taken again: one of its tickets has ended otherwise by now.
+            LookupError: it cannot be taken again: one of its tickets has ended otherwise, or has lost its verdict.
         """
         whole = True
         for group_id, index in [*members, *late]:
             group = self.group(group_id)
             if group is None or index in group.ended or index in group.final_reasons:
                 raise LookupError(f"ticket {group_id}.{index} has ended otherwise")
+            if index in group.awaiting:
+                # The broker lost its verdict, which may not be given again for days.
+                raise LookupError(f"ticket {group_id}.{index} awaits its verdict again")
             whole = whole and index in group.rollouts
         if not all(group_id in self.open for group_id in groups) or not all(pair[0] in self.late for pair in late):
             raise LookupError("one of its groups was trained on otherwise")

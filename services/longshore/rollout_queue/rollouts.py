@@ -10,6 +10,7 @@ that.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ class _Packed(NamedTuple):
     claim: Claim
     head: str
     data: bytes
+    # Whether `data` is the path of a blob.
+    is_path: bool
 
 
 class RolloutQueue:
@@ -144,7 +147,7 @@ class RolloutQueue:
                 await self._send(trip, outcomes)
                 trip, size = [], 0
             head = heads.to_deliver(claim.fence, packed.digest, packed.codec, awaiting)
-            trip.append(_Packed(index, claim, head, packed.data))
+            trip.append(_Packed(index, claim, head, packed.data, packed.codec.startswith(_BLOB)))
             size += len(packed.data)
         if trip:
             await self._send(trip, outcomes)
@@ -284,6 +287,11 @@ class RolloutQueue:
             answers = [reply] * len(call) if isinstance(reply, LongshoreError) else reply
             for item, answer in zip(call, answers, strict=True):
                 outcomes[item.place] = _outcome(item.claim, answer)
+        # No entry can hold the path of one that was not taken: it names the attempt and the bytes.
+        unused = [item.data.decode() for item in trip if item.is_path and isinstance(outcomes[item.place], Fenced)]
+        if unused and self._blobs is not None:
+            with contextlib.suppress(Unavailable):
+                await self._blobs.delete(unused)
 
     async def _unpacked(self, codec: str, data: bytes, digest: str) -> bytes:
         if codec.startswith(_BLOB):

@@ -156,12 +156,15 @@ def with_another(ledger):
 def test_a_recorded_late_member_is_waited_for():
     ledger, _ = with_group()
     ledger.settle(ledger.take_ready(1)[0], TRAINED)
+    ledger = restored(ledger)
     ledger.issue(TASK, Purpose.TRAIN, 1)
     ledger.receive(rollout(1, 0), at("5-0"))
     record = ([1], [(1, 0)], [(0, 3)])
     assert ledger.take_recorded(*record) is None
     ledger.receive_unscored(0, 3, BODY, at("1-3"))
-    assert ledger.take_recorded(*record) is None
+    # Its verdict was lost, and nobody knows when it is given again.
+    with pytest.raises(LookupError, match="awaits its verdict again"):
+        ledger.take_recorded(*record)
     ledger.receive(rollout(0, 3), at("1-3"))
     groups, (member,) = ledger.take_recorded(*record)
     assert ([group.group_id for group in groups], member.key) == ([1], "0.3")

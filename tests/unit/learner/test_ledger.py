@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from builders import JOB, TASK, rollout
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,6 +76,17 @@ def test_a_recorded_batch_is_taken_whole_or_not_at_all():
     groups, late = ledger.take_recorded(*record)
     assert ([group.group_id for group in groups], late) == ([2, 0], [])
     assert ledger.num_ready == 0
+
+
+def test_a_recorded_batch_waits_for_no_verdict_that_was_lost():
+    ledger = Ledger()
+    ledger.issue(TASK, Purpose.TRAIN, 2)
+    record = ([0], [(0, 0), (0, 1)], [])
+    ledger.receive(rollout(0, 0), at("1-0"))
+    assert ledger.take_recorded(*record) is None
+    ledger.receive_unscored(0, 1, b"x", at("2-0"))
+    with pytest.raises(LookupError, match=r"0\.1 awaits its verdict again"):
+        ledger.take_recorded(*record)
 
 
 def test_evaluation_groups_are_never_trained_on():
