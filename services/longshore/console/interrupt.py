@@ -45,7 +45,9 @@ async def _run(work: Callable[[Interrupt], Coroutine[Any, Any, int]]) -> int:
 
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:
-        loop.add_signal_handler(number, on_signal, number)
+        # Whoever starts us with nohup wants us to outlive the terminal.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, on_signal, number)
     try:
         return await task
     except asyncio.CancelledError:
