@@ -46,6 +46,13 @@ def _dispatch(argv: list[str]) -> int:
         return 1
     except LongshoreError as error:
         return _say(error)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # The machine's word, not a bug: a folder that cannot be written, a full disk, a file where a folder belongs.
+        where = f"{error.filename}: " if error.filename is not None else ""
+        sys.stderr.write(f"longshore: {where}{error.strerror or error}\n")
+        return 1
     return int(code or 0)
 
 

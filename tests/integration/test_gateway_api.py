@@ -134,6 +134,24 @@ async def test_faults_of_the_check_refuse_the_job_too(bench: GatewayBench) -> No
     assert await bench.store.newest(10) == []
 
 
+async def test_whoever_gives_up_before_the_answer_gets_no_job(bench: GatewayBench) -> None:
+    bench.may_pass.clear()
+    async with ApiClient(bench.url, KEY) as client:
+        submitting = asyncio.create_task(client.submit(document()))
+
+        async def checking() -> bool:
+            return bench.checks == 1
+
+        await bench.until(checking)
+        submitting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await submitting
+        bench.may_pass.set()
+        # The next one's check comes after it.
+        job = await client.submit(document())
+    assert [stored.id for stored in await bench.store.newest(10)] == [job["id"]]
+
+
 async def test_yaml_is_as_good_as_json(bench: GatewayBench) -> None:
     spec = document(seed=7)
     async with bench.http() as http:

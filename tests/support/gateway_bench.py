@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -86,6 +87,10 @@ class GatewayBench:
         self.redis = redis
         self.launcher = FakeLauncher()
         self.faults: list[Fault] = []
+        # A check lasts until this is set.
+        self.may_pass = threading.Event()
+        self.may_pass.set()
+        self.checks = 0
         self.prepared: list[str] = []
         self.jobs_since = 0.0
         self.store: JobStore
@@ -115,6 +120,8 @@ class GatewayBench:
     def _check(self, document: object) -> JobSpec:
         """As tasks.check does, with the faults that a test wants found."""
         spec = parse_job(document)
+        self.checks += 1
+        assert self.may_pass.wait(DEADLINE_S)
         if self.faults:
             raise InvalidJobSpec(self.faults)
         return spec

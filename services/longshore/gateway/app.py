@@ -97,7 +97,7 @@ class Api:
 
     async def submit(self, request: Request) -> JobView:
         """Queues a job. 422 lists every fault of its spec."""
-        return self._view(await self._jobs.submit(await read_document(request)))
+        return self._view(await self._jobs.submit(await read_document(request), request.is_disconnected))
 
     async def list_jobs(self, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> JobList:
         """The newest jobs, newest first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -31,14 +31,20 @@ class Jobs:
         self._check = check
         self._checks = asyncio.Semaphore(_MAX_CHECKS)
 
-    async def submit(self, document: object) -> Job:
+    async def submit(self, document: object, given_up: Callable[[], Awaitable[bool]]) -> Job:
         """Validates a parsed JobSpec and queues the job.
+
+        Args:
+            given_up: whether whoever asked has gone meanwhile: a check may take seconds, and nobody would know the id
+                of a job that is queued then, nor expect it.
 
         Raises:
             InvalidJobSpec: with every fault that was found; nothing is stored.
-            Unavailable: the check did not end in time.
+            Unavailable: the check did not end in time, or nobody waits for its answer any more.
         """
         spec = await self._checked(document)
+        if await given_up():
+            raise Unavailable("whoever submitted this has gone; nothing is stored")
         job = await self._create(spec)
         log.info("job queued", job=job.id, project=job.project)
         return job

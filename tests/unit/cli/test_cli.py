@@ -89,6 +89,8 @@ def test_version_and_help(command: Command) -> None:
         ["bogus"],
         ["run"],
         ["up", "--port", "x"],
+        ["up", "--port", "65536"],
+        ["up", "--port", "-1"],
         ["serve", "nothing"],
         ["jobs", "--x"],
         ["dead-letters", "requeue", "x"],
@@ -158,12 +160,42 @@ def test_serve_names_every_setting_that_is_missing(command: Command) -> None:
     assert all(f"LONGSHORE_{name}: " in line for name in ("BROKER_URL", "DATABASE_URL", "SUPERVISOR", "API_KEY_FILE"))
 
 
+SERVE = """
+import atexit, sys, types
+from longshore.console.app import app
+# A second of this is what an interpreter with torch in it takes.
+atexit.register(lambda: print("taken apart"))
+sys.modules["longshore.weights.service"] = types.SimpleNamespace(main=lambda: print("drained") or 3)
+app(["serve", "weights"])
+"""
+
+
+def test_a_service_that_has_drained_is_gone_at_once(folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SERVE], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "drained\n", "")
+
+
 def test_a_taken_port_is_one_message(process: Command) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = process("up", "--port", str(port))
     assert done.returncode == 1
     assert done.stderr == f"longshore: port {port} cannot be had: Address already in use; choose another with --port\n"
+
+
+@pytest.mark.parametrize("arguments", [["up"], ["up", "--detach"], ["run", "good.yaml"]])
+@pytest.mark.parametrize("name", [".longshore", "runs"])
+def test_a_folder_that_cannot_be_made_is_one_message(
+    process: Command, folder: Path, arguments: list[str], name: str
+) -> None:
+    (folder / "good.yaml").write_text(GOOD)
+    (folder / "tasks.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n' * 30)
+    (folder / name).touch()
+    done = process(*arguments)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"longshore: {folder / name}")
+    assert line.endswith(("File exists", "Not a directory"))
 
 
 @pytest.mark.parametrize("arguments", [["up"], ["up", "--detach"]])
