@@ -184,7 +184,7 @@ def serve(service: Service, /) -> int:
     except ConfigError as error:
         sys.stderr.write(f"longshore {service}: {error}\n")
         return 2
-    _end(code)
+    return _end(code)
 
 
 def _end(code: int) -> NoReturn:
