@@ -143,6 +143,10 @@ class Liar(weights_pb2_grpc.WeightsServiceServicer):
     def __init__(self) -> None:
         self.pointers: list[weights_pb2.SignedPointer] = []
         self.manifest = weights_pb2.SignedManifest()
+        self.keys = weights_pb2.GetKeysResponse()
+
+    async def GetKeys(self, request, context):
+        return self.keys
 
     async def GetVersion(self, request, context):
         return weights_pb2.GetVersionResponse(manifest=self.manifest)
@@ -158,6 +162,7 @@ class Liar(weights_pb2_grpc.WeightsServiceServicer):
 async def liar(stopped_weights):
     server = RpcServer(stopped_weights.address)
     servicer = Liar()
+    servicer.keys.public_key = stopped_weights.key.public_key
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(servicer, server.server)
     await server.start()
     yield servicer
@@ -211,6 +216,10 @@ async def test_a_manifest_that_the_learner_did_not_sign_is_refused(liar, stopped
     with pytest.raises(IntegrityError, match="version 3"):
         await client.describe(4)
     liar.manifest = manifest(SigningKey.generate(), 3)
+    with pytest.raises(IntegrityError, match="not known to be one of"):
+        await client.describe(3)
+    # Nor does it help to call that key by a known one's name.
+    liar.manifest.key_id = bench.key.key_id
     with pytest.raises(IntegrityError, match="signature"):
         await client.describe(3)
 

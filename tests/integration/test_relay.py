@@ -65,6 +65,9 @@ class Bridge:
             job_file=job_file,
             site=SITE,
             broker_url=west.url,
+            # Nobody answers there: tickets and weights have nothing to do with each other.
+            home_weights="127.0.0.1:9",
+            weights_dir=folder / "weights",
             spool_dir=folder / "spool",
             **{"allowance": 40, "home_broker_url": home.url, **settings},
         )

@@ -11,6 +11,9 @@ class GeneratorSettings(JobProcessSettings):
     """Settings of one generator process. How wide it is (slots, threads) is the job's to say."""
 
     weights: str = Field(description="host:port of the weight store")
+    follow: str = Field("head", description="pointer that is followed: head, serving, channel/<name>, pin/<name>")
+    residents: int = Field(2, ge=1, description="versions in memory at a time; requests may ask for one by number")
+    held_mb: int = Field(8192, ge=1, description="most memory of versions as published, in MiB: the bases of deltas")
     max_waiting: int = Field(4096, ge=0, description="requests that may wait for a slot; more are refused")
     cache_mb: int = Field(4096, ge=1, description="most memory of the KV cache, in MiB; bounds the context")
     max_request_s: float = Field(600.0, gt=0, description="seconds after which any request ends, whatever it asked for")

@@ -9,8 +9,10 @@ that nothing unproven is ever served:
     engine.swap().result()                 # between two decode steps, with requests in flight
 
 A swap keeps the KV cache of running requests; their later events say so (`KvMark.CARRIED`, law 2). Requests whose
-`max_version` is below the staged version hold the swap until they have ended, at the longest until their deadline;
-from the call of `swap` on, no further such request is taken.
+`max_version` is below the staged version go on with the one that they have, which stays in memory beside the new one
+until the last of them has ended. Where there is no room for that they hold the swap, at the longest until their
+deadline, and from the call of `swap` on no further such request is taken. `keep` makes a staged version resident beside
+the served one, for requests that ask for it.
 """
 
 from __future__ import annotations
@@ -112,6 +114,8 @@ class EngineStatus:
     waiting: int
     # Share of the cache in use, 0..1.
     kv_used_ratio: float
+    # Versions in memory besides, which answer the requests that ask for them.
+    beside: tuple[int, ...] = ()
 
 
 class Engine(Protocol):
@@ -149,6 +153,12 @@ class Engine(Protocol):
         """Makes the staged version resident between two decode steps; done when it is.
 
         The future fails with Unavailable when the engine ends first.
+        """
+
+    def keep(self) -> Future[None]:
+        """Makes the staged version resident beside the served one; done when requests for it may be submitted.
+
+        The future fails with Unavailable when every place is taken by a version in use, or the engine ends first.
         """
 
     def status(self) -> EngineStatus: ...

@@ -1,8 +1,9 @@
-"""Follows the head of the weight store: fetch, stage, prove, swap; always to the newest version, skipping others.
+"""Follows a pointer of the weight store: fetch, stage, prove, swap; always to the newest version, skipping others.
 
 A version is proven when the staged weights give the log-probs that the learner computed for the manifest's canaries.
-Whatever fails leaves the old version serving, is counted, and is tried again with growing pauses until it works or the
-head moves on. Knows neither the wire nor what kind of engine it feeds.
+Its bytes may come before the pointer says that it was published: then it is staged and proven ahead, and the pointer
+brings the swap alone. Whatever fails leaves the old version serving, is counted, and is tried again with growing pauses
+until it works or the pointer moves on. Knows neither the wire nor what kind of engine it feeds.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Protocol
 
 import structlog
 
-from longshore.errors import ConfigError, IntegrityError, LongshoreError
+from longshore.errors import ConfigError, IntegrityError, LongshoreError, Unavailable
 from longshore.generator import metrics
 from longshore.generator.engine import Engine
-from longshore.generator.llama_weights import tensors_of
+from longshore.generator.llama_weights import TorchViews
 from longshore.types import JobRef
-from longshore.weights.client import CanaryProbe, PolicyVersion
+from longshore.weights.client import CanaryProbe, News, PolicyVersion
 
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 30.0
@@ -32,7 +33,7 @@ log = structlog.get_logger()
 class VersionSource(Protocol):
     """What a follower needs of weights.client.WeightsClient."""
 
-    def watch_head(self) -> AsyncIterator[int]: ...
+    def watch(self, pointer: str) -> AsyncIterator[News]: ...
 
     async def fetch(self, version: int) -> PolicyVersion: ...
 
@@ -46,18 +47,29 @@ OnVersion = Callable[[Engine], Awaitable[None]]
 
 
 class Follower:
-    """Keeps one engine at the newest version; makes the engine when the first version tells what model it is."""
+    """Keeps one engine at a pointer's version; makes the engine when the first version tells what model it is."""
 
-    def __init__(self, source: VersionSource, make_engine: MakeEngine, on_version: OnVersion, job: JobRef) -> None:
+    def __init__(
+        self, source: VersionSource, make_engine: MakeEngine, on_version: OnVersion, job: JobRef, pointer: str = "head"
+    ) -> None:
         self._source = source
+        self._pointer = pointer
         self._make_engine = make_engine
         self._on_version = on_version
         self._labels = (job.project, job.job)
         self._engine: Engine | None = None
         self._assets_sha256 = ""
         self._config = b""
+        self._views = TorchViews()
+        # What the pointer names; None until it is known.
         self._head: int | None = None
+        # The newest version whose bytes came before its pointer.
+        self._ahead: int | None = None
         self._moved = asyncio.Event()
+        # Staging is for one version at a time.
+        self._staging = asyncio.Lock()
+        # Version and checksum of what is staged and proven.
+        self._staged: tuple[int, str] | None = None
         self._resident: int | None = None
 
     async def run(self) -> None:
@@ -78,9 +90,29 @@ class Follower:
             if isinstance(result, Exception):
                 raise result
 
+    async def keep(self, version: int) -> None:
+        """Makes another version resident beside the served one, for requests that ask for it.
+
+        Raises:
+            NotFound: there is no such version.
+            Unavailable: nothing is served yet, or there is no room.
+            IntegrityError: the version cannot be proven.
+        """
+        if self._engine is None:
+            raise Unavailable("no policy version has been proven yet")
+        async with self._staging:
+            status = self._engine.status()
+            if version not in (status.version, *status.beside):
+                engine = await self._prepare(version)
+                self._staged = None
+                await asyncio.wrap_future(engine.keep())
+
     async def _watch(self) -> None:
-        async for version in self._source.watch_head():
-            self._head = version
+        async for news in self._source.watch(self._pointer):
+            if news.published:
+                self._head = news.version
+            else:
+                self._ahead = news.version
             self._moved.set()
 
     async def _follow(self) -> None:
@@ -89,16 +121,28 @@ class Follower:
             await self._moved.wait()
             self._moved.clear()
             pause = FIRST_PAUSE_S
+            await self._get_ahead()
             while self._head is not None and self._head != self._resident:
                 if await self._try(self._head):
                     continue
                 try:
-                    # A newer head is tried at once.
+                    # A newer version is tried at once.
                     await asyncio.wait_for(self._moved.wait(), pause)
                 except TimeoutError:
                     pause = min(2 * pause, LONGEST_PAUSE_S)
                 else:
                     break
+
+    async def _get_ahead(self) -> None:
+        """Stages a version that is not published yet. If that fails, the pointer will have it tried again."""
+        version, self._ahead = self._ahead, None
+        if version is None or self._engine is None or version in (self._resident, self._head):
+            return
+        try:
+            async with self._staging:
+                await self._prepare(version)
+        except LongshoreError as error:
+            log.info("not staged ahead", version=version, reason=str(error))
 
     async def _try(self, version: int) -> bool:
         started = time.monotonic()
@@ -116,12 +160,24 @@ class Follower:
         return True
 
     async def _go_to(self, version: int) -> None:
-        policy = await self._source.fetch(version)
-        engine = await self._engine_for(policy.assets_sha256)
-        await asyncio.to_thread(_stage_and_prove, engine, policy)
-        await asyncio.wrap_future(engine.swap())
+        async with self._staging:
+            engine = await self._prepare(version)
+            self._staged = None
+            swapped = engine.swap()
+        await asyncio.wrap_future(swapped)
         self._resident = version
         await self._on_version(engine)
+
+    async def _prepare(self, version: int) -> Engine:
+        """Fetches a version, stages it beside the resident one, and proves it; once, where nothing came between."""
+        policy = await self._source.fetch(version)
+        engine = await self._engine_for(policy.assets_sha256)
+        # The checksum too: what came ahead and was then not published may have left its number to other weights.
+        if self._staged != (version, policy.checksum):
+            self._staged = None
+            await asyncio.to_thread(_stage_and_prove, engine, policy, self._views)
+            self._staged = (version, policy.checksum)
+        return engine
 
     async def _engine_for(self, assets_sha256: str) -> Engine:
         """The engine of the model that an asset bundle describes; there is one model to a job."""
@@ -139,9 +195,9 @@ class Follower:
         return self._engine
 
 
-def _stage_and_prove(engine: Engine, policy: PolicyVersion) -> None:
+def _stage_and_prove(engine: Engine, policy: PolicyVersion, views: TorchViews) -> None:
     assert policy.tensors is not None
-    engine.stage(policy.version, tensors_of(policy.tensors))
+    engine.stage(policy.version, views.of(policy.tensors))
     prove(engine, policy.canaries)
 
 

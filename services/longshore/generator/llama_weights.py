@@ -5,6 +5,7 @@ Knows how published tensors are named and laid out; knows nothing of slots, cach
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,38 +45,62 @@ class LlamaWeights:
     layers: tuple[Layer, ...]
     final_norm: Tensor
     head: Tensor
+    # How the matrices were made, for the next version's sake.
+    made: Made
 
 
-def tensors_of(received: Iterable[PublishedTensor]) -> dict[str, Tensor]:
-    """Published tensors by name, as torch tensors over copies of their bytes.
+class TorchViews:
+    """Published tensors as torch tensors over the same memory, which is never written to.
 
-    Raises:
-        IntegrityError: a tensor's dtype is unknown, or its bytes do not fill its shape.
+    A published tensor that comes again, because a version did not change it, gives the same torch tensor again: so an
+    engine can tell what changed.
     """
-    tensors = {}
-    for item in received:
-        dtype = DTYPES.get(item.dtype)
-        if dtype is None:
-            raise IntegrityError(f"tensor {item.name}: dtype {item.dtype!r} is none of {', '.join(DTYPES)}")
-        try:
-            # bytearray: torch wants memory that could be written to.
-            tensors[item.name] = torch.frombuffer(bytearray(item.data), dtype=dtype).reshape(item.shape)
-        except (RuntimeError, ValueError):
-            raise IntegrityError(f"tensor {item.name}: {len(item.data)} bytes do not fill {item.shape}") from None
-    return tensors
+
+    def __init__(self) -> None:
+        self._views: dict[str, tuple[PublishedTensor, Tensor]] = {}
+
+    def of(self, received: Iterable[PublishedTensor]) -> dict[str, Tensor]:
+        """The version's tensors by name.
+
+        Raises:
+            IntegrityError: a tensor's dtype is unknown, or its bytes do not fill its shape.
+        """
+        views = {}
+        for item in received:
+            known = self._views.get(item.name)
+            views[item.name] = known if known is not None and known[0] is item else (item, _view(item))
+        self._views = views
+        return {name: view for name, (_, view) in views.items()}
 
 
-def build_weights(shape: LlamaShape, tensors: Mapping[str, Tensor]) -> LlamaWeights:
+def _view(item: PublishedTensor) -> Tensor:
+    dtype = DTYPES.get(item.dtype)
+    if dtype is None:
+        raise IntegrityError(f"tensor {item.name}: dtype {item.dtype!r} is none of {', '.join(DTYPES)}")
+    try:
+        with warnings.catch_warnings():
+            # torch warns of memory that must not be written to: nobody writes to published tensors.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.frombuffer(item.data, dtype=dtype).reshape(item.shape)
+    except (RuntimeError, ValueError):
+        raise IntegrityError(f"tensor {item.name}: {len(item.data)} bytes do not fill {item.shape}") from None
+
+
+def build_weights(shape: LlamaShape, tensors: Mapping[str, Tensor], like: LlamaWeights | None = None) -> LlamaWeights:
     """Widens to float32 and stacks.
+
+    Args:
+        like: other weights, whose matrices are used again where `tensors` holds the very tensors they were made of.
 
     Raises:
         IntegrityError: tensors are missing, of another shape, or more than the model has.
     """
     _check(expected_shapes(shape), tensors)
-    embedding = _joined(tensors[EMBEDDING])
-    layers = tuple(_layer(tensors, f"model.layers.{index}.") for index in range(shape.num_layers))
-    head = embedding if shape.tie_embeddings else _joined(tensors[HEAD])
-    return LlamaWeights(embedding, layers, _joined(tensors[FINAL_NORM]), head)
+    joined = _Joined(tensors, like.made if like else {})
+    embedding = joined(EMBEDDING)
+    layers = tuple(_layer(joined, f"model.layers.{index}.") for index in range(shape.num_layers))
+    head = embedding if shape.tie_embeddings else joined(HEAD)
+    return LlamaWeights(embedding, layers, joined(FINAL_NORM), head, joined.made)
 
 
 def expected_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
@@ -116,20 +141,41 @@ def _check(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor
             raise IntegrityError(f"the tensors do not fit the model's config.json: {what}: {shown}")
 
 
-def _layer(tensors: Mapping[str, Tensor], prefix: str) -> Layer:
+def _layer(joined: _Joined, prefix: str) -> Layer:
     attention, mlp = prefix + "self_attn.", prefix + "mlp."
     return Layer(
-        input_norm=_joined(tensors[prefix + "input_layernorm.weight"]),
-        qkv=_joined(*(tensors[f"{attention}{name}_proj.weight"] for name in "qkv")),
-        out=_joined(tensors[attention + "o_proj.weight"]),
-        post_norm=_joined(tensors[prefix + "post_attention_layernorm.weight"]),
-        gate_up=_joined(*(tensors[f"{mlp}{name}_proj.weight"] for name in ("gate", "up"))),
-        down=_joined(tensors[mlp + "down_proj.weight"]),
+        input_norm=joined(prefix + "input_layernorm.weight"),
+        qkv=joined(*(f"{attention}{name}_proj.weight" for name in "qkv")),
+        out=joined(attention + "o_proj.weight"),
+        post_norm=joined(prefix + "post_attention_layernorm.weight"),
+        gate_up=joined(*(f"{mlp}{name}_proj.weight" for name in ("gate", "up"))),
+        down=joined(mlp + "down_proj.weight"),
     )
 
 
-def _joined(*parts: Tensor) -> Tensor:
-    """The parts' rows in one float32 tensor of its own memory."""
+# Matrices by the names of their parts, each with the tensors that it was made of.
+Made = Mapping[tuple[str, ...], tuple[tuple[Tensor, ...], Tensor]]
+
+
+class _Joined:
+    """Makes matrices of a version's tensors, or takes those of another where nothing changed."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], earlier: Made) -> None:
+        self.made: dict[tuple[str, ...], tuple[tuple[Tensor, ...], Tensor]] = {}
+        self._tensors = tensors
+        self._earlier = earlier
+
+    def __call__(self, *names: str) -> Tensor:
+        """The parts' rows in one float32 tensor of its own memory."""
+        parts = tuple(self._tensors[name] for name in names)
+        sources, joined = self._earlier.get(names, ((), None))
+        if joined is None or len(sources) != len(parts) or any(a is not b for a, b in zip(sources, parts, strict=True)):
+            joined = _stacked(parts)
+        self.made[names] = (parts, joined)
+        return joined
+
+
+def _stacked(parts: tuple[Tensor, ...]) -> Tensor:
     target = torch.empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), dtype=torch.float32)
     start = 0
     for part in parts:

@@ -26,6 +26,11 @@ class PromptIndex:
     def context_of(self, slot: int) -> Context:
         return self._context_of[slot]
 
+    def forget(self, slots: Sequence[int]) -> None:
+        """These slots are filled with what nobody may copy."""
+        for slot in slots:
+            self._forget(slot)
+
     def plan(self, slots: Sequence[int], contexts: Sequence[Context]) -> tuple[dict[int, Context], dict[int, int]]:
         """Gives each slot its context from now on.
 

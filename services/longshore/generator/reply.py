@@ -20,7 +20,8 @@ class Reply:
     def __init__(self, request: EngineRequest, slot: int, version: int, context: int) -> None:
         self.request = request
         self.slot = slot
-        self._version = version
+        # The version that draws its tokens.
+        self.version = version
         # None until the first swap: then the oldest version that the cache holds keys and values of.
         self._carried_since: int | None = None
         self._left = min(request.sampling.max_new_tokens, context - len(request.token_ids))
@@ -47,9 +48,9 @@ class Reply:
     def swapped(self, version: int) -> TokensDrawn | None:
         """Goes on under another version with the cache as it is; the event of the old version's tokens, if any."""
         event = self._event(None) if self._token_ids else None
-        oldest = self._version if self._carried_since is None else self._carried_since
+        oldest = self.version if self._carried_since is None else self._carried_since
         self._carried_since = min(oldest, version)
-        self._version = version
+        self.version = version
         return event
 
     def _event(self, finish: FinishReason | None) -> TokensDrawn:
@@ -57,7 +58,7 @@ class Reply:
             request_id=self.request.request_id,
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs),
-            version=self._version,
+            version=self.version,
             kv=KvMark.RECOMPUTED if self._carried_since is None else KvMark.CARRIED,
             kv_min_version=self._carried_since,
             finish=finish,

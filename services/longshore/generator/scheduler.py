@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from longshore.errors import Unavailable
 from longshore.generator.engine import EngineRequest, Failure, RequestFailed, TokensDrawn
 from longshore.generator.reply import Reply
 
@@ -18,11 +19,18 @@ PREFILL_TOKENS = 8192
 class Scheduler:
     """The requests of one engine with `slots` slots, each for prompt and reply of up to `context` tokens."""
 
-    def __init__(self, slots: int, context: int) -> None:
-        # The resident version; None until the first swap.
+    def __init__(self, slots: int, context: int, residents: int = 1) -> None:
+        """
+        Args:
+            residents: versions that may be in memory at a time, the served one among them.
+        """
+        # The version that is served; None until the first swap.
         self.version: int | None = None
-        # The version of a swap that waits for requests which only the resident version may answer.
+        # The version of a swap that waits for requests which only the served version may answer.
         self.next_version: int | None = None
+        self._residents = residents
+        # Versions in memory besides, oldest first; True: kept for requests to come, False: until its last request ends.
+        self._beside: dict[int, bool] = {}
         self._context = context
         self._free = list(range(slots - 1, -1, -1))
         self._running: dict[int, Reply] = {}
@@ -36,9 +44,15 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def beside(self) -> tuple[int, ...]:
+        """Versions that are resident besides the served one."""
+        return tuple(self._beside)
+
     def add(self, request: EngineRequest) -> RequestFailed | None:
         """Queues a request, or says why its version can no longer be served."""
-        if _outdated(request, self.version) or self._holds_swap(request):
+        gone = self._place(request) is None and _outdated(request, self.version)
+        if gone or self._holds_swap(request):
             return _version_failure(request, self.version if self.next_version is None else self.next_version)
         self._waiting[request.request_id] = request
         return None
@@ -51,7 +65,7 @@ class Scheduler:
         return held[0] if held else None
 
     def admit(self) -> list[Reply]:
-        """Gives free slots to waiting requests that the resident version may answer."""
+        """Gives free slots to waiting requests that a resident version may answer."""
         if self.version is None:
             return []
         admitted: list[Reply] = []
@@ -59,10 +73,11 @@ class Scheduler:
         for request in self._waiting.values():
             if len(admitted) == len(self._free) or (admitted and tokens + len(request.token_ids) > PREFILL_TOKENS):
                 break
-            if _accepts(request, self.version):
+            version = self._place(request)
+            if version is not None:
                 tokens += len(request.token_ids)
                 slot = self._free[-1 - len(admitted)]
-                admitted.append(Reply(request, slot, self.version, self._context))
+                admitted.append(Reply(request, slot, version, self._context))
         for reply in admitted:
             self._free.pop()
             del self._waiting[reply.request.request_id]
@@ -89,25 +104,75 @@ class Scheduler:
 
     @property
     def swap_is_held(self) -> bool:
-        """Whether a request in flight accepts the resident version and not the next one."""
-        running = (reply.request for reply in self._running.values())
-        return any(map(self._holds_swap, running)) or any(map(self._holds_swap, self._waiting.values()))
+        """Whether requests in flight need the served version after the swap, and there is no room to keep it beside."""
+        return self._is_needed() and len(self._beside) + 2 > self._residents
 
-    def swapped(self) -> tuple[list[TokensDrawn], list[RequestFailed]]:
-        """Makes the next version the resident one; nothing may hold the swap.
+    def swapped(self) -> tuple[list[TokensDrawn], list[RequestFailed], list[int]]:
+        """Makes the next version the served one; nothing may hold the swap.
 
-        Returns the events of tokens that the old version drew, and the failures of waiting requests that ask for
-        older versions alone.
+        Returns the events of tokens that the old version drew, the failures of waiting requests that ask for versions
+        which are gone, and the slots that stay with the old version, which then is resident beside the new one.
         """
         assert self.next_version is not None
         assert not self.swap_is_held
-        self.version, self.next_version = self.next_version, None
-        events = [reply.swapped(self.version) for reply in self._running.values()]
-        outdated = [request for request in self._waiting.values() if _outdated(request, self.version)]
+        old, new = self.version, self.next_version
+        staying = [
+            slot for slot, reply in self._running.items() if reply.version == old and self._holds_swap(reply.request)
+        ]
+        if old is not None and self._is_needed():
+            self._beside[old] = False
+        self._beside.pop(new, None)
+        self.version, self.next_version = new, None
+        moving = [reply for slot, reply in self._running.items() if reply.version == old and slot not in staying]
+        events = [reply.swapped(new) for reply in moving]
+        outdated = [item for item in self._waiting.values() if self._place(item) is None and _outdated(item, new)]
         for request in outdated:
             del self._waiting[request.request_id]
-        failures = [_version_failure(request, self.version) for request in outdated]
-        return [event for event in events if event is not None], failures
+        failures = [_version_failure(request, new) for request in outdated]
+        return [event for event in events if event is not None], failures, staying
+
+    def keep(self, version: int) -> int | None:
+        """Keeps a version resident beside the served one; returns the version that had to go for it.
+
+        Raises:
+            Unavailable: every place is taken by a version that requests run on.
+        """
+        if version == self.version:
+            return None
+        if version in self._beside:
+            self._beside[version] = True
+            return None
+        gone = None
+        if len(self._beside) + 2 > self._residents:
+            gone = next((held for held in self._beside if not self._has_users(held)), None)
+            if gone is None:
+                raise Unavailable(f"no room for version {version} beside the {self._residents} that are in use")
+            del self._beside[gone]
+        self._beside[version] = True
+        return gone
+
+    def forget_unused(self) -> list[int]:
+        """Lets versions go that were held for requests which have ended; returns them."""
+        gone = [version for version, kept in self._beside.items() if not kept and not self._has_users(version)]
+        for version in gone:
+            del self._beside[version]
+        return gone
+
+    def _place(self, request: EngineRequest) -> int | None:
+        """The resident version that may answer a request, the served one rather than another."""
+        if self.version is not None and _accepts(request, self.version):
+            return self.version
+        return next((version for version in reversed(self._beside) if _accepts(request, version)), None)
+
+    def _has_users(self, version: int) -> bool:
+        if any(reply.version == version for reply in self._running.values()):
+            return True
+        return any(self._place(request) == version for request in self._waiting.values())
+
+    def _is_needed(self) -> bool:
+        """Whether a request in flight accepts the served version and not the next one."""
+        running = (reply.request for reply in self._running.values() if reply.version == self.version)
+        return any(map(self._holds_swap, running)) or any(map(self._holds_swap, self._waiting.values()))
 
     def _holds_swap(self, request: EngineRequest) -> bool:
         if self.version is None or self.next_version is None:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -36,9 +36,12 @@ from longshore.rpc.process import run_process
 from longshore.rpc.server import RpcServer, rpc_method, rpc_stream
 from longshore.settings import JobFile
 from longshore.types import JobRef, VersionConstraint
-from longshore.weights.client import WeightsClient
+from longshore.weights.client import Copies, WeightsClient
 
 SERVICE = "longshore.proto.v1.GeneratorService"
+
+# The one that is served, the one that is staged, and one that has come meanwhile; they share what did not change.
+HELD_VERSIONS = 3
 
 _CODES = {
     Failure.VERSION: grpc.StatusCode.FAILED_PRECONDITION,
@@ -55,6 +58,8 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
     def __init__(self, job: JobRef, max_request_s: float) -> None:
         # None until the first version is proven.
         self.engine: Engine | None = None
+        # Makes a version resident; None: only what the engine follows is served.
+        self.keep: Callable[[int], Awaitable[None]] | None = None
         self._job = job
         self._labels = (job.project, job.job)
         self._max_request_s = max_request_s
@@ -82,6 +87,7 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
         if engine is None:
             raise Unavailable("no policy version has been proven yet")
         wanted = self._request(request, context)
+        await self._have_resident(engine, wanted)
         if request.request_id in self._names:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"request {request.request_id!r} is running")
         try:
@@ -122,6 +128,21 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
             kv_used_ratio=status.kv_used_ratio,
             engine=engine_to_proto(self.engine.fingerprint),
         )
+
+    async def _have_resident(self, engine: Engine, request: EngineRequest) -> None:
+        """Brings the version that a request is pinned to, if it is none of those in memory. Raises Unavailable."""
+        pinned = request.version.min_version
+        if pinned is None or pinned != request.version.max_version or self.keep is None:
+            return
+        status = engine.status()
+        # A version that is still to come is waited for by the engine.
+        if status.version is None or pinned >= status.version or pinned in status.beside:
+            return
+        try:
+            async with asyncio.timeout(request.deadline - time.monotonic()):
+                await self.keep(pinned)
+        except TimeoutError:
+            raise Unavailable(f"version {pinned} could not be brought within the request's deadline") from None
 
     def _open(self, engine: Engine, engine_id: str, name: str, context: _Context) -> _Call:
         call = _Call()
@@ -222,6 +243,7 @@ class _EngineHost:
             max_waiting=settings.max_waiting,
             cache_bytes=settings.cache_mb * 1024 * 1024,
             seed=int.from_bytes(seed[:7], "big"),
+            residents=settings.residents,
         )
 
 
@@ -232,7 +254,8 @@ async def serve(settings: GeneratorSettings, stop: asyncio.Event) -> None:
     server = RpcServer(settings.listen)
     service = GeneratorService(job.ref, settings.max_request_s)
     generator_pb2_grpc.add_GeneratorServiceServicer_to_server(service, server.server)
-    client = WeightsClient(settings.weights, job.ref, bytes.fromhex(job.learner_public_key))
+    copies: Copies[int] = Copies(HELD_VERSIONS, settings.held_mb * 1024 * 1024)
+    client = WeightsClient(settings.weights, job.ref, bytes.fromhex(job.learner_public_key), copies)
     host = _EngineHost(settings, job, service)
 
     async def on_version(engine: Engine) -> None:
@@ -240,9 +263,11 @@ async def serve(settings: GeneratorSettings, stop: asyncio.Event) -> None:
             service.engine = engine
             await server.set_serving(SERVICE, True)
 
+    follower = Follower(client, host.make, on_version, job.ref, settings.follow)
+    service.keep = follower.keep
     await server.start()
     try:
-        await _first_to_end(stop, Follower(client, host.make, on_version, job.ref), host.ended)
+        await _first_to_end(stop, follower, host.ended)
     finally:
         await client.close()
         # Without its engine no reply will finish.

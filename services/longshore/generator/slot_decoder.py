@@ -61,6 +61,8 @@ class SlotDecoder:
         self.num_slots = num_slots
         self.max_len = max_len
         self._weights: LlamaWeights | None = None
+        # Of the slots that other weights decode.
+        self._own: dict[int, LlamaWeights] = {}
         self._random = torch.Generator().manual_seed(seed)
         # Keys and values live in one tensor a layer, so that a step writes both at once. Zeros, not empty: masked
         # positions must hold finite numbers, or 0 * nan would leak; the system gives the pages when they are used.
@@ -85,6 +87,12 @@ class SlotDecoder:
         self._weights = weights
         self._prompts.clear()
 
+    def stay(self, slots: Sequence[int]) -> None:
+        """Lets the present weights go on decoding these slots when others take their place."""
+        assert self._weights is not None
+        for slot in slots:
+            self._own.setdefault(slot, self._weights)
+
     @property
     def num_cached(self) -> int:
         """Tokens in the caches of active slots."""
@@ -94,9 +102,20 @@ class SlotDecoder:
         """Takes slots out of the batch; their caches are overwritten by a later prefill."""
         self._active[list(slots)] = False
         self._slots = torch.nonzero(self._active).flatten()
+        for slot in slots:
+            self._own.pop(slot, None)
 
-    def prefill(self, slots: Sequence[int], prompts: Sequence[tuple[int, ...]], temperatures: Sequence[float]) -> None:
+    def prefill(
+        self,
+        slots: Sequence[int],
+        prompts: Sequence[tuple[int, ...]],
+        temperatures: Sequence[float],
+        weights: LlamaWeights | None = None,
+    ) -> None:
         """Fills free, distinct slots with prompts and activates them.
+
+        Args:
+            weights: what decodes these slots; None: whatever the decoder's weights are, also when they change.
 
         Equal prompts are computed once, also when one of them came before and its slot has not been filled anew: the
         members of a group ask for the same prompt at about the same time. Prompt lengths must lie in 1..max_len - 1.
@@ -105,7 +124,10 @@ class SlotDecoder:
         assert all(1 <= len(prompt) < self.max_len for prompt in prompts)
         contexts = [prompt[:-1] for prompt in prompts]
         with torch.inference_mode():
-            self._fill(*self._prompts.plan(slots, contexts))
+            if weights is None:
+                self._fill(*self._prompts.plan(slots, contexts))
+            else:
+                self._fill_own(slots, contexts, weights)
         chosen = torch.tensor(slots)
         self._lengths[chosen] = torch.tensor([len(context) for context in contexts])
         self._pending[chosen] = torch.tensor([prompt[-1] for prompt in prompts])
@@ -113,26 +135,34 @@ class SlotDecoder:
         self._active[chosen] = True
         self._slots = torch.nonzero(self._active).flatten()
 
+    def _fill_own(self, slots: Sequence[int], contexts: list[tuple[int, ...]], weights: LlamaWeights) -> None:
+        # Nobody may copy what other weights have computed.
+        self._prompts.forget(slots)
+        self._own.update(dict.fromkeys(slots, weights))
+        computed = {slot: context for slot, context in zip(slots, contexts, strict=True) if context}
+        if computed:
+            self._compute(torch.tensor(list(computed)), list(computed.values()), weights)
+
     def _fill(self, computed: dict[int, tuple[int, ...]], copied: dict[int, int]) -> None:
         """Writes caches: of `computed` slots by a forward pass over their contexts, of `copied` ones from others."""
         if computed:
-            self._compute(torch.tensor(list(computed)), list(computed.values()))
+            assert self._weights is not None
+            self._compute(torch.tensor(list(computed)), list(computed.values()), self._weights)
         if copied:
             targets, sources = torch.tensor(list(copied)), torch.tensor(list(copied.values()))
             width = max(len(self._prompts.context_of(slot)) for slot in copied)
             for cache in self._cache:
                 cache[targets, :, :, :width] = cache[sources, :, :, :width]
 
-    def _compute(self, slots: Tensor, contexts: list[tuple[int, ...]]) -> None:
+    def _compute(self, slots: Tensor, contexts: list[tuple[int, ...]], weights: LlamaWeights) -> None:
         """Contexts are padded on the right: a causal mask hides the padding from every real position, and what it
         leaves in the cache lies beyond the slot's length."""
-        assert self._weights is not None
         width = max(map(len, contexts))
         tokens = torch.tensor([[*context, *([0] * (width - len(context)))] for context in contexts])
         cos, sin = self._cos[:width], self._sin[:width]
-        hidden = functional.embedding(tokens, self._weights.embedding)
+        hidden = functional.embedding(tokens, weights.embedding)
         last = len(self._cache) - 1
-        for index, (layer, cache) in enumerate(zip(self._weights.layers, self._cache, strict=True)):
+        for index, (layer, cache) in enumerate(zip(weights.layers, self._cache, strict=True)):
             qkv = causal_qkv(self.shape, layer, hidden, cos, sin)
             cache[slots, :, :, :width] = torch.stack(qkv[1:], dim=1)
             # Of the last layer only the keys and values were needed.
@@ -148,23 +178,39 @@ class SlotDecoder:
             slots, lengths = self._slots, self._lengths[self._slots]
             width = int(lengths.max()) + 1
             assert width <= self.max_len, "a slot is full"
-            logits = self._forward(slots, lengths, width)
+            logits = self._logits(slots, lengths, width)
             tokens, logprobs = self._sample(logits, self._temperature[slots])
             self._lengths[slots] = lengths + 1
             self._pending[slots] = tokens
             return DecodeStep(slots.tolist(), tokens.tolist(), logprobs.tolist())
 
-    def _forward(self, slots: Tensor, lengths: Tensor, width: int) -> Tensor:
-        """Feeds the pending tokens; returns the logits of the next ones, [active, vocabulary]."""
+    def _logits(self, slots: Tensor, lengths: Tensor, width: int) -> Tensor:
+        """[active, vocabulary], each row by the weights that decode its slot."""
         assert self._weights is not None
+        if not self._own:
+            return self._forward(self._weights, slots, lengths, width)
+        rows: dict[int, list[int]] = {}
+        owners: dict[int, LlamaWeights] = {}
+        for row, slot in enumerate(slots.tolist()):
+            weights = self._own.get(slot, self._weights)
+            owners[id(weights)] = weights
+            rows.setdefault(id(weights), []).append(row)
+        logits = torch.empty(slots.numel(), self.shape.vocab_size)
+        for owner, chosen in rows.items():
+            part = torch.tensor(chosen)
+            logits[part] = self._forward(owners[owner], slots[part], lengths[part], width)
+        return logits
+
+    def _forward(self, weights: LlamaWeights, slots: Tensor, lengths: Tensor, width: int) -> Tensor:
+        """Feeds the pending tokens; returns the logits of the next ones, [len(slots), vocabulary]."""
         shape, count = self.shape, slots.numel()
         cos, sin = self._cos[lengths].unsqueeze(1), self._sin[lengths].unsqueeze(1)
         visible = self._positions[:width] <= lengths.unsqueeze(1)
         bias = torch.zeros(count, 1, 1, width).masked_fill_(~visible[:, None, None], -math.inf)
         # When every slot is active a view of the cache will do; otherwise its rows are gathered.
         whole = count == self.num_slots
-        hidden = functional.embedding(self._pending[slots], self._weights.embedding)
-        for layer, cache in zip(self._weights.layers, self._cache, strict=True):
+        hidden = functional.embedding(self._pending[slots], weights.embedding)
+        for layer, cache in zip(weights.layers, self._cache, strict=True):
             q, k, v = project(shape, layer, hidden)
             cache[slots, :, :, lengths] = torch.stack((rotate(k, cos, sin), v), dim=1)
             past = cache[:, :, :, :width] if whole else cache[:, :, :, :width][slots]
@@ -172,7 +218,7 @@ class SlotDecoder:
             q = rotate(q, cos, sin).view(count, shape.num_kv_heads, -1, shape.head_dim)
             mixed = functional.scaled_dot_product_attention(q, past[:, 0], past[:, 1], attn_mask=bias)
             hidden = finish_layer(shape, layer, hidden, mixed.reshape(count, -1))
-        return functional.linear(norm(shape, hidden, self._weights.final_norm), self._weights.head)
+        return functional.linear(norm(shape, hidden, weights.final_norm), weights.head)
 
     def _sample(self, logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = torch.log_softmax(logits / temperature.unsqueeze(1), dim=-1)

@@ -54,6 +54,8 @@ class SlotOptions:
     # Most memory of the KV cache.
     cache_bytes: int
     seed: int
+    # Versions that may be in memory at a time, the served one among them.
+    residents: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,15 @@ class TorchSlotsEngine:
         self._emit = emit
         self._metrics = metrics
         self._decoder = SlotDecoder(shape, options.slots, context, options.seed)
-        self._scheduler = Scheduler(options.slots, context)
+        self._scheduler = Scheduler(options.slots, context, options.residents)
+        # Weights of the versions that are resident beside the served one.
+        self._beside: dict[int, LlamaWeights] = {}
         self._staged: _Staged | None = None
         self._next: _Staged | None = None
         self._swap_done: Future[None] = Future()
         self._swap_done.set_result(None)
+        # Promises of `keep` that are still open.
+        self._keeping: list[Future[None]] = []
         self._wake = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._live: set[str] = set()
@@ -108,7 +114,8 @@ class TorchSlotsEngine:
                 self._post(partial(self._drop, request_id))
 
     def stage(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._staged = _Staged(version, build_weights(self.shape, tensors))
+        like = self._staged.weights if self._staged else self._decoder.weights
+        self._staged = _Staged(version, build_weights(self.shape, tensors, like))
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         assert self._staged is not None, "stage a version first"
@@ -122,6 +129,15 @@ class TorchSlotsEngine:
             self._post(partial(self._begin_swap, staged))
             self._swap_done = Future()
             return self._swap_done
+
+    def keep(self) -> Future[None]:
+        assert self._staged is not None, "stage a version first"
+        staged, self._staged = self._staged, None
+        done: Future[None] = Future()
+        with self._wake:
+            self._post(partial(self._keep, staged, done))
+            self._keeping = [*(open_ for open_ in self._keeping if not open_.done()), done]
+        return done
 
     def status(self) -> EngineStatus:
         return self._status
@@ -150,8 +166,9 @@ class TorchSlotsEngine:
         with self._wake:
             self._closing = True
             self._inbox.clear()
-            if not self._swap_done.done():
-                self._swap_done.set_exception(Unavailable("the engine ended before the swap"))
+            for promise in (self._swap_done, *self._keeping):
+                if not promise.done():
+                    promise.set_exception(Unavailable("the engine ended before the swap"))
         if error is None:
             self.ended.set_result(None)
         else:
@@ -165,6 +182,8 @@ class TorchSlotsEngine:
         for act in acts:
             act()
         self._sweep()
+        for version in self._scheduler.forget_unused():
+            del self._beside[version]
         self._try_swap()
         self._prefill()
         if self._scheduler.num_running:
@@ -214,24 +233,45 @@ class TorchSlotsEngine:
         if self._next is None or self._scheduler.swap_is_held:
             return
         staged, self._next = self._next, None
-        events, failures = self._scheduler.swapped()
+        old = self._scheduler.version
+        events, failures, staying = self._scheduler.swapped()
         self._events += [*events, *failures]
+        self._beside.pop(staged.version, None)
+        if old in self._scheduler.beside and self._decoder.weights is not None:
+            self._beside[old] = self._decoder.weights
+            self._decoder.stay(staying)
         self._decoder.weights = staged.weights
         self._metrics.version.set(staged.version)
         # Whoever waits for the swap may ask for the status at once.
         self._set_status()
         self._swap_done.set_result(None)
 
+    def _keep(self, staged: _Staged, done: Future[None]) -> None:
+        try:
+            gone = self._scheduler.keep(staged.version)
+        except Unavailable as error:
+            done.set_exception(error)
+            return
+        if gone is not None:
+            del self._beside[gone]
+        if staged.version in self._scheduler.beside:
+            self._beside[staged.version] = staged.weights
+        self._set_status()
+        done.set_result(None)
+
     def _prefill(self) -> None:
         admitted = self._scheduler.admit()
         if not admitted:
             return
         with self._metrics.prefill_seconds.time():
-            self._decoder.prefill(
-                [reply.slot for reply in admitted],
-                [reply.request.token_ids for reply in admitted],
-                [reply.request.sampling.temperature for reply in admitted],
-            )
+            for version in {reply.version for reply in admitted}:
+                replies = [reply for reply in admitted if reply.version == version]
+                self._decoder.prefill(
+                    [reply.slot for reply in replies],
+                    [reply.request.token_ids for reply in replies],
+                    [reply.request.sampling.temperature for reply in replies],
+                    None if version == self._scheduler.version else self._beside[version],
+                )
 
     def _decode(self) -> None:
         with self._metrics.decode_seconds.time():
@@ -264,7 +304,7 @@ class TorchSlotsEngine:
         self._metrics.running.set(running)
         self._metrics.waiting.set(waiting)
         used = self._decoder.num_cached / (self.limits.slots * self.limits.context)
-        self._status = EngineStatus(self._scheduler.version, running, waiting, used)
+        self._status = EngineStatus(self._scheduler.version, running, waiting, used, tuple(self._scheduler.beside))
 
     def _forget(self, request_ids: Iterable[str]) -> None:
         with self._wake:

@@ -23,7 +23,7 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Where the shared services are."""
+    """Where the services are that a job's processes at one site share."""
 
     broker_url: str
     weights: str
@@ -95,14 +95,15 @@ def plan_job(
         site_brokers: how to start the broker of each rollout site of the job.
     """
     env = {
-        **_shared(endpoints, paths, HOME_SITE),
+        **_shared(paths, HOME_SITE),
+        "LONGSHORE_WEIGHTS": endpoints.weights,
         "LONGSHORE_BROKER_URL": endpoints.broker_url,
         "LONGSHORE_RUN_DIR": str(paths.run_dir),
         "LONGSHORE_SIGNING_KEY_FILE": str(paths.signing_key_file),
         "LONGSHORE_BLOBS_URL": paths.blobs_url(HOME_SITE),
     }
     learner = _process("learner", "learner", paths.logs, env, job.spec.resources.threads, completes_unit=True)
-    plan = [learner, *_rollout_makers(job, endpoints, paths, HOME_SITE, endpoints.broker_url)]
+    plan = [learner, *_rollout_makers(job, endpoints, paths, HOME_SITE)]
     for site in job.spec.sites:
         plan += _plan_site(job, site, endpoints, paths, site_brokers[site.name])
     return plan
@@ -115,7 +116,9 @@ def _plan_site(
     name = f"{site.name}-relay"
     resources = job.spec.resources_at(site.name)
     relay = {
-        **_shared(endpoints, paths, site.name),
+        **_shared(paths, site.name),
+        "LONGSHORE_HOME_WEIGHTS": endpoints.weights,
+        "LONGSHORE_WEIGHTS_DIR": str(paths.site_dir(site.name) / "weights"),
         "LONGSHORE_BROKER_URL": broker.url,
         "LONGSHORE_HOME_BROKER_URL": endpoints.broker_url,
         "LONGSHORE_BLOBS_URL": paths.blobs_url(site.name),
@@ -126,22 +129,21 @@ def _plan_site(
     return [
         _broker(f"{site.name}-broker", broker, paths.logs),
         _process(name, "relay", paths.logs, relay),
-        *_rollout_makers(job, endpoints, paths, site.name, broker.url),
+        # The site's generators know the relay alone: each version crosses the link once.
+        *_rollout_makers(job, Endpoints(broker.url, _grpc(name)), paths, site.name),
     ]
 
 
-def _rollout_makers(
-    job: JobFile, endpoints: Endpoints, paths: JobPaths, site: str, broker_url: str
-) -> list[ProcessSpec]:
-    """Generators, verifiers and actors of a site."""
+def _rollout_makers(job: JobFile, endpoints: Endpoints, paths: JobPaths, site: str) -> list[ProcessSpec]:
+    """Generators, verifiers and actors of a site, which know the site's own endpoints."""
     resources, logs = job.spec.resources_at(site), paths.logs
     if not resources.actors:
         return []
     prefix = "" if site == HOME_SITE else f"{site}-"
-    shared = _shared(endpoints, paths, site)
+    shared = {**_shared(paths, site), "LONGSHORE_WEIGHTS": endpoints.weights}
     actor = {
         **shared,
-        "LONGSHORE_BROKER_URL": broker_url,
+        "LONGSHORE_BROKER_URL": endpoints.broker_url,
         "LONGSHORE_BLOBS_URL": paths.blobs_url(site),
         "LONGSHORE_GENERATOR": _grpc(f"{prefix}generator-0"),
         "LONGSHORE_VERIFIER": _grpc(f"{prefix}verifier-0"),
@@ -159,13 +161,9 @@ def _rollout_makers(
     ]
 
 
-def _shared(endpoints: Endpoints, paths: JobPaths, site: str) -> dict[str, str]:
+def _shared(paths: JobPaths, site: str) -> dict[str, str]:
     """What every process of a job is told."""
-    return {
-        "LONGSHORE_JOB_FILE": str(paths.job_file),
-        "LONGSHORE_WEIGHTS": endpoints.weights,
-        "LONGSHORE_SITE": site,
-    }
+    return {"LONGSHORE_JOB_FILE": str(paths.job_file), "LONGSHORE_SITE": site}
 
 
 def plan_stack(

@@ -20,3 +20,7 @@ SPOOL_FULL = Gauge("longshore_relay_spool_full", "1 while the spool refuses roll
 OLDEST = Gauge("longshore_relay_oldest_spooled_seconds", "Age of the oldest record not yet handed in at home", _JOB)
 LINK_UP = Gauge("longshore_relay_link_up", "1 while the home broker answers", _JOB)
 SITE_UP = Gauge("longshore_relay_site_up", "1 while the site's broker answers", _JOB)
+WEIGHTS_LINK_UP = Gauge("longshore_relay_weights_link_up", "1 while the home weight store answers", _JOB)
+WEIGHTS_FAULTS = Counter(
+    "longshore_relay_weights_faults_total", "Versions that could not be taken over from home as they came", _JOB
+)

@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import dataclass
 
 import structlog
 
 from longshore.config import HOME_SITE
 from longshore.errors import ConfigError
+from longshore.proto.v1 import weights_pb2_grpc
 from longshore.relay import metrics
 from longshore.relay.book import Book
 from longshore.relay.brokers import HomeQueues, SiteQueues
 from longshore.relay.config import RelaySettings
 from longshore.relay.home_side import RENEW_S, HomeSide
+from longshore.relay.home_weights import HomeWeights
+from longshore.relay.mirror import Mirror
 from longshore.relay.site_side import SiteSide
+from longshore.relay.site_weights import SiteWeights
 from longshore.rollout_queue import broker
 from longshore.rollout_queue.blobs import Blobs
 from longshore.rollout_queue.spool import Spool
 from longshore.rpc.process import run_process, wait_or_stop
 from longshore.rpc.server import RpcServer
 from longshore.settings import JobFile
+from longshore.weight_store.background import keep_up
+from longshore.weight_store.copies import Copies
+from longshore.weight_store.objects import open_objects
+from longshore.weight_store.servicer import SERVICE, WeightsServicer
+from longshore.weight_store.store import COPIES, WeightStore
+from longshore.weight_store.upkeep import Upkeep
 
 # One call's own patience with the site's broker; the two sides' is endless.
 _CALL_S = 5.0
 _REPORT_S = 1.0
+# Newest policy versions that a site keeps, besides those that a pointer names.
+KEPT_VERSIONS = 16
 
 log = structlog.get_logger()
 
@@ -67,19 +80,54 @@ async def serve(settings: RelaySettings, stop: asyncio.Event) -> None:
             lambda outcome: metrics.FORWARDED.labels(*labels, outcome).inc(),
             metrics.LEASED.labels(*labels).inc,
         )
-        await _run(settings, job, book, site_side, home_side, stop)
+        home_weights = HomeWeights(settings.home_weights, job.ref)
+        opened.push_async_callback(home_weights.close)
+        weights = _weights(settings, job, home_weights)
+        await _run(settings, job, book, site_side, home_side, weights, stop)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The site's weight store: what serves it, what fills it, and what makes its encodings."""
+
+    servicer: WeightsServicer
+    mirror: Mirror
+    upkeep: Upkeep
+
+
+def _weights(settings: RelaySettings, job: JobFile, home: HomeWeights) -> _Weights:
+    objects = open_objects(str(settings.weights_dir))
+    store = WeightStore(objects, copies=Copies(COPIES, settings.host_copies_mb * 1024 * 1024), mirror=True)
+    upkeep = Upkeep(store)
+    store.when_published(upkeep.wake)
+    servicer = WeightsServicer(store, str(objects.root) if objects.root else None)
+    labels = (job.project, job.job, settings.site)
+    site = SiteWeights(store, servicer, job.ref, bytes.fromhex(job.learner_public_key), KEPT_VERSIONS)
+    mirror = Mirror(home, site, metrics.WEIGHTS_LINK_UP.labels(*labels).set, metrics.WEIGHTS_FAULTS.labels(*labels).inc)
+    servicer.upstream = mirror
+    return _Weights(servicer, mirror, upkeep)
 
 
 async def _run(
-    settings: RelaySettings, job: JobFile, book: Book, site_side: SiteSide, home_side: HomeSide, stop: asyncio.Event
+    settings: RelaySettings,
+    job: JobFile,
+    book: Book,
+    site_side: SiteSide,
+    home_side: HomeSide,
+    weights: _Weights,
+    stop: asyncio.Event,
 ) -> None:
     server = RpcServer(settings.listen)
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights.servicer, server.server)
     labels = (job.project, job.job, settings.site)
     async with asyncio.TaskGroup() as group:
         group.create_task(site_side.run(stop), name="site")
         group.create_task(home_side.run(stop), name="home")
+        group.create_task(weights.mirror.run(stop), name="weights")
+        group.create_task(keep_up(weights.upkeep, stop), name="upkeep")
         group.create_task(_report(book, labels, stop), name="report")
         group.create_task(_serve_when_prepared(server, site_side, stop), name="health")
+    weights.servicer.close()
     await server.drain(settings.drain_s)
     log.info("stopped", held=len(book.held), spooled=len(book.spool.keys()))
 
@@ -93,6 +141,7 @@ async def _serve_when_prepared(server: RpcServer, site_side: SiteSide, stop: asy
             wait.cancel()
     if site_side.prepared.is_set():
         await server.start()
+        await server.set_serving(SERVICE, True)
 
 
 async def _report(book: Book, labels: tuple[str, str, str], stop: asyncio.Event) -> None:

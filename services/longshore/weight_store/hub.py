@@ -1,4 +1,7 @@
-"""Tells the watchers of a pointer when it moves. Lives on one event loop; holds a pointer only while it is watched."""
+"""Tells the watchers of a pointer when it moves, and when a version for it is on its way in.
+
+Lives on one event loop; holds a pointer only while it is watched.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from longshore.proto.v1 import weights_pb2
 from longshore.types import JobRef
+from longshore.weight_store.incoming import Incoming
 from longshore.weight_store.version import PointerState
 
 # Where a pointer stands; None while it does not exist.
@@ -16,6 +20,8 @@ State = tuple[PointerState, weights_pb2.SignedPointer] | None
 class _Topic:
     def __init__(self) -> None:
         self.state: State = None
+        # The publish that is under way and will move the pointer; the newest of several.
+        self.incoming: Incoming | None = None
         self.moved = asyncio.Event()
         self.watchers = 0
 
@@ -34,10 +40,19 @@ class PointerHub:
             topic.state = (state, signed)
             self._wake(topic)
 
+    def announce(self, job: JobRef, name: str, incoming: Incoming | None) -> None:
+        """Says that a publish has begun whose version the pointer will name; None: that it has ended."""
+        topic = self._topics.get((job, name))
+        if topic is not None:
+            topic.incoming = incoming
+            self._wake(topic)
+
     async def watch(
         self, job: JobRef, name: str, read: Callable[[], Awaitable[State]]
-    ) -> AsyncGenerator[weights_pb2.SignedPointer | None, None]:
+    ) -> AsyncGenerator[State | Incoming, None]:
         """Yields the present state, None if there is none, and then each newer one; ends when the hub closes.
+
+        Between them come publishes that have begun, each before the state that names its version, if it is seen at all.
 
         Args:
             read: reads the pointer from the store.
@@ -47,12 +62,16 @@ class PointerHub:
         try:
             # Read after the topic is joined: a move in between is seen twice rather than never.
             state = await read()
-            yield state[1] if state else None
+            yield state
+            seen: Incoming | None = None
             while not self._closed:
                 moved = topic.moved
-                if topic.state is not None and _serial(topic.state) > _serial(state):
+                if topic.incoming is not None and topic.incoming is not seen:
+                    seen = topic.incoming
+                    yield seen
+                elif topic.state is not None and _serial(topic.state) > _serial(state):
                     state = topic.state
-                    yield state[1]
+                    yield state
                 else:
                     await moved.wait()
         finally:

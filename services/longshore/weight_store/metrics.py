@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from longshore.types import JobRef
+
 PUBLISHES = Counter(
     "longshore_weights_publishes_total",
     "Publishes by result: published, existed, fenced, conflict, refused, failed",
@@ -17,10 +19,18 @@ PUBLISH_SECONDS = Histogram(
 )
 RECEIVED_BYTES = Counter("longshore_weights_received_bytes_total", "Payload bytes received", ["project", "job"])
 SENT_BYTES = Counter("longshore_weights_sent_bytes_total", "Payload and asset bytes sent", ["project", "job"])
+PUSHED_BYTES = Counter(
+    "longshore_weights_pushed_bytes_total", "Payload bytes sent to watchers before they asked", ["project", "job"]
+)
 HEAD_VERSION = Gauge("longshore_weights_head_version", "Version that `head` names", ["project", "job"])
 WATCHERS = Gauge("longshore_weights_watchers", "Open Watch streams", ["project", "job"])
 REMOVED_OBJECTS = Counter(
     "longshore_weights_removed_objects_total", "Objects that retention removed", ["project", "job"]
+)
+FAULTS = Counter(
+    "longshore_weights_faults_total",
+    "Encodings that could not be used and were asked for again in another way: push, delta",
+    ["project", "job", "what"],
 )
 RETENTION_FAILURES = Counter("longshore_weights_retention_failures_total", "Retention runs that failed")
 BACKGROUND_ENCODINGS = Counter(
@@ -40,3 +50,8 @@ HOST_COPY_BYTES = Gauge("longshore_weights_host_copy_bytes", "Tensors that are h
 DAMAGED_ENCODINGS = Counter(
     "longshore_weights_damaged_encodings_total", "Encodings whose bytes were found gone or wrong", ["project", "job"]
 )
+
+
+def fault(job: JobRef, what: str) -> None:
+    """Counts an encoding that could not be used."""
+    FAULTS.labels(job.project, job.job, what).inc()

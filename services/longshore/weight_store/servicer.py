@@ -1,52 +1,66 @@
 """WeightsService over one store: between gRPC and `store.py`. Served by the origin, and by a relay for its site.
 
-The store blocks, so every call into it runs in a thread. A payload is spooled, in memory up to 8 MiB and in an
-unnamed file beyond, and stored only once it is whole and has been checked.
+The store blocks, so every call into it runs in a thread. A payload is spooled in an unnamed file, and stored only once
+it is whole and has been checked; watchers who asked for it are sent it meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
-from collections.abc import AsyncIterator
-from typing import IO, Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
 import structlog
 
-from longshore.errors import Conflict, Fenced, IntegrityError, LongshoreError, Rejected, Unavailable
+from longshore.errors import Conflict, Fenced, IntegrityError, LongshoreError, NotFound, Rejected, Unavailable
 from longshore.proto.v1 import weights_pb2, weights_pb2_grpc
 from longshore.rpc import convert
 from longshore.rpc.server import rpc_method, rpc_stream
 from longshore.types import JobRef
 from longshore.weight_store import metrics
 from longshore.weight_store.hub import PointerHub
+from longshore.weight_store.incoming import CHUNK_BYTES, Incoming
 from longshore.weight_store.layout import VersionKey
 from longshore.weight_store.objects import StorageFull
 from longshore.weight_store.planner import path_kind
-from longshore.weight_store.store import Admission, VersionTaken, WeightStore
+from longshore.weight_store.pushing import Pushes, Wanted, path_to_proto, stored_chunks
+from longshore.weight_store.store import POLICY, Admission, VersionTaken, WeightStore
 from longshore.weight_store.version import HEAD, PointerState
 
 SERVICE = "longshore.proto.v1.WeightsService"
-MAX_CHUNK_BYTES = 1024 * 1024
 MAX_HAVE = 64
-SPOOL_BYTES = 8 * 1024 * 1024
-# One read of the store gives several chunks, because each is a request where the store is remote.
-_READ_BYTES = 4 * MAX_CHUNK_BYTES
 # A publisher that sends nothing for this long is taken for dead.
 _IDLE_S = 60.0
 
+# A mirror's version waits for this long to be said to be published.
+_CONFIRM_S = 600.0
+
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
 Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Upstream(Protocol):
+    """Where a site's store gets what it does not have."""
+
+    async def bring(self, version: int) -> None:
+        """Gets a policy version of the site's job. Raises NotFound, Unavailable."""
+
+    def follow(self, pointer: str) -> None:
+        """Mirrors a pointer from now on."""
 
 
 class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     """WeightsService over one store."""
 
     def __init__(self, store: WeightStore, spool_folder: str | None) -> None:
+        # Set by a relay, whose store is filled from home.
+        self.upstream: Upstream | None = None
         self._store = store
         self._spool_folder = spool_folder
         self._hub = PointerHub()
@@ -85,7 +99,8 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         self, requests: AsyncIterator[weights_pb2.PublishRequest], context: Context
     ) -> weights_pb2.PublishResponse:
         try:
-            existed = await self._publish(requests)
+            header = await _header(requests)
+            existed = await self.take(header, _chunks(requests), heads=header.HasField("head"))
         except VersionTaken as error:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
         except StorageFull as error:
@@ -100,11 +115,16 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         job = convert.job_from_proto(request.job)
         if len(request.have) > MAX_HAVE:
             raise Rejected("have", f"{len(request.have)} versions; at most {MAX_HAVE} may be named")
-        manifest, encodings = await asyncio.to_thread(self._store.version, job, key)
+        try:
+            manifest, encodings = await asyncio.to_thread(self._store.version, job, key)
+        except NotFound:
+            if self.upstream is None or key.weight_set != POLICY:
+                raise
+            await self.upstream.bring(key.version)
+            manifest, encodings = await asyncio.to_thread(self._store.version, job, key)
         steps = await asyncio.to_thread(self._store.path, job, key, set(request.have), set(request.codecs))
         metrics.PATHS.labels(job.project, job.job, path_kind(steps)).inc()
-        path = [weights_pb2.PathStep(version=step.version, encoding=step.encoding) for step in steps or ()]
-        return weights_pb2.GetVersionResponse(manifest=manifest, encodings=encodings, path=path)
+        return weights_pb2.GetVersionResponse(manifest=manifest, encodings=encodings, path=path_to_proto(steps or ()))
 
     @rpc_stream
     async def Fetch(  # noqa: N802 - the contract's name
@@ -116,32 +136,30 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
             raise Rejected("offset", f"offset {request.offset} is past the end at {size}")
         sent = metrics.SENT_BYTES.labels(job.project, job.job)
         yield weights_pb2.FetchResponse(total_size=size)
-        position = request.offset
-        while position < size:
-            block = await asyncio.to_thread(self._store.read, path, position, _READ_BYTES)
-            for start in range(0, len(block), MAX_CHUNK_BYTES):
-                yield weights_pb2.FetchResponse(chunk=block[start : start + MAX_CHUNK_BYTES])
-            position += len(block)
-            sent.inc(len(block))
+        async for chunk in stored_chunks(self._store, path, size, request.offset):
+            yield weights_pb2.FetchResponse(chunk=chunk)
+            sent.inc(len(chunk))
 
     @rpc_stream
     async def Watch(  # noqa: N802 - the contract's name
         self, request: weights_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[weights_pb2.WatchResponse]:
         job, name = convert.job_from_proto(request.job), request.pointer or HEAD
-        watchers = metrics.WATCHERS.labels(job.project, job.job)
-        states = self._hub.watch(job, name, lambda: asyncio.to_thread(self._store.pointer, job, name))
-        with watchers.track_inprogress():
-            async with contextlib.aclosing(states):
-                async for signed in states:
-                    yield weights_pb2.WatchResponse(pointer=signed)
+        if self.upstream is not None:
+            self.upstream.follow(name)
+        pushes = Pushes(self._store, self._hub, job, name, _wanted(request))
+        sent = metrics.PUSHED_BYTES.labels(job.project, job.job)
+        with metrics.WATCHERS.labels(job.project, job.job).track_inprogress():
+            async with contextlib.aclosing(pushes.responses()) as responses:
+                async for response in responses:
+                    yield response
+                    sent.inc(len(response.chunk))
 
     @rpc_method
     async def SetPointer(  # noqa: N802 - the contract's name
         self, request: weights_pb2.SetPointerRequest, context: Context
     ) -> weights_pb2.SetPointerResponse:
-        state = await asyncio.to_thread(self._store.set_pointer, request.pointer)
-        self._moved(state, request.pointer)
+        await self.point(request.pointer)
         return weights_pb2.SetPointerResponse()
 
     @rpc_method
@@ -154,34 +172,71 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         numbers = await asyncio.to_thread(self._store.versions, job, request.weight_set, before, limit)
         return weights_pb2.ListVersionsResponse(versions=numbers)
 
-    async def _publish(self, requests: AsyncIterator[weights_pb2.PublishRequest]) -> bool:
-        first = await _next(requests)
-        if first is None or first.WhichOneof("part") != "header":
-            raise Rejected("malformed", "a publish begins with its header")
+    async def point(self, signed: weights_pb2.SignedPointer) -> None:
+        """Moves a pointer and tells its watchers. Raises as WeightStore.set_pointer."""
+        state = await asyncio.to_thread(self._store.set_pointer, signed)
+        self._moved(state, signed)
+
+    async def take(
+        self,
+        header: weights_pb2.PublishHeader,
+        chunks: AsyncIterator[bytes],
+        *,
+        heads: bool,
+        confirmed: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> bool:
+        """Publishes a version whose bytes are still to come; True when it was there already.
+
+        Args:
+            chunks: the encoding's bytes, at most CHUNK_BYTES each.
+            heads: head will name the version, if not by this header then soon: who watches it is sent the bytes.
+            confirmed: waited for when the bytes have been proven and before anything is written; raises to refuse them.
+
+        Raises:
+            Unavailable, StorageFull, and as WeightStore.admit and commit.
+        """
         # Before any payload is taken: nobody without the job's key fills our disk.
-        admission = await asyncio.to_thread(self._store.admit, first.header)
-        with contextlib.ExitStack() as closing:
-            spool = closing.enter_context(tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=self._spool_folder))
-            await _receive(requests, admission, spool)
-            # From here on `_settle` closes it.
-            closing.pop_all()
+        admission = await asyncio.to_thread(self._store.admit, header)
+        incoming = Incoming(admission.key.version, header.manifest, admission.encoding, self._spool_folder)
+        try:
+            # A version with a bundle that nobody has yet is of no use before the bundle can be fetched.
+            if heads and not header.assets:
+                self._hub.announce(admission.job, HEAD, incoming)
+            await _receive(chunks, admission, incoming)
+        except BaseException:
+            self._end(admission, incoming, published=False)
+            raise
         # Goes on when the caller hangs up: what is written must also be told to the watchers.
-        settling = asyncio.create_task(self._settle(admission, spool))
+        settling = asyncio.create_task(self._settle(admission, incoming, confirmed))
         self._settling.add(settling)
         settling.add_done_callback(self._settling.discard)
         return await asyncio.shield(settling)
 
-    async def _settle(self, admission: Admission, spool: IO[bytes]) -> bool:
-        job, result = admission.job, "failed"
+    def _end(self, admission: Admission, incoming: Incoming, *, published: bool) -> None:
+        incoming.settle(published)
+        self._hub.announce(admission.job, HEAD, None)
+        incoming.close()
+
+    async def _settle(
+        self, admission: Admission, incoming: Incoming, confirmed: Callable[[], Coroutine[Any, Any, None]] | None
+    ) -> bool:
+        job, result, published = admission.job, "failed", False
+        loop = asyncio.get_running_loop()
+
+        def confirm() -> None:
+            if confirmed is not None:
+                asyncio.run_coroutine_threadsafe(confirmed(), loop).result(_CONFIRM_S)
+
         try:
-            with spool, metrics.PUBLISH_SECONDS.labels(job.project, job.job).time():
-                existed = await asyncio.to_thread(self._store.commit, admission, spool)
-            result = "existed" if existed else "published"
+            with metrics.PUBLISH_SECONDS.labels(job.project, job.job).time():
+                existed = await asyncio.to_thread(self._store.commit, admission, incoming.file, confirm)
+            result, published = "existed" if existed else "published", True
         except (Conflict, IntegrityError, Rejected) as error:
             result = _result_of(error)
             raise
         finally:
             metrics.PUBLISHES.labels(job.project, job.job, result).inc()
+            self._end(admission, incoming, published=published)
         if admission.head is not None:
             self._moved(admission.head, admission.record.head)
         log.info("published", job=str(job), version=admission.key.version, existed=existed)
@@ -204,34 +259,42 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
             metrics.HEAD_VERSION.labels(state.job.project, state.job.job).set(state.version)
 
 
-async def _next(requests: AsyncIterator[weights_pb2.PublishRequest]) -> weights_pb2.PublishRequest | None:
-    """The next message; None at the end. Raises Unavailable when the sender has gone quiet."""
+async def _header(requests: AsyncIterator[weights_pb2.PublishRequest]) -> weights_pb2.PublishHeader:
+    first = await _next(requests)
+    if first is None or first.WhichOneof("part") != "header":
+        raise Rejected("malformed", "a publish begins with its header")
+    return first.header
+
+
+async def _chunks(requests: AsyncIterator[weights_pb2.PublishRequest]) -> AsyncIterator[bytes]:
+    while (request := await _next(requests)) is not None:
+        yield request.chunk
+
+
+async def _next(items: AsyncIterator[T]) -> T | None:
+    """The next item; None at the end. Raises Unavailable when the sender has gone quiet."""
     try:
         async with asyncio.timeout(_IDLE_S):
-            return await anext(requests, None)
+            return await anext(items, None)
     except TimeoutError:
         raise Unavailable(f"nothing was received for {_IDLE_S:.0f} s") from None
 
 
-async def _receive(requests: AsyncIterator[weights_pb2.PublishRequest], admission: Admission, spool: IO[bytes]) -> None:
-    """Spools the payload. Raises Rejected for more of it than was announced."""
+async def _receive(chunks: AsyncIterator[bytes], admission: Admission, incoming: Incoming) -> None:
+    """Takes the payload in. Raises Rejected for more of it than was announced."""
     size = admission.encoding.size
     received = metrics.RECEIVED_BYTES.labels(admission.job.project, admission.job.job)
     count = 0
-    while (request := await _next(requests)) is not None:
-        chunk = request.chunk
+    async for chunk in chunks:
         count += len(chunk)
-        if not 0 < len(chunk) <= MAX_CHUNK_BYTES or count > size:
-            raise Rejected("chunk", f"chunks have 1 to {MAX_CHUNK_BYTES} bytes, {size} in all")
-        await asyncio.to_thread(_write, spool, chunk)
+        if not 0 < len(chunk) <= CHUNK_BYTES or count > size:
+            raise Rejected("chunk", f"chunks have 1 to {CHUNK_BYTES} bytes, {size} in all")
+        await incoming.write(chunk)
         received.inc(len(chunk))
 
 
-def _write(spool: IO[bytes], chunk: bytes) -> None:
-    try:
-        spool.write(chunk)
-    except OSError as error:
-        raise StorageFull(f"no room for a payload: {error.strerror}") from None
+def _wanted(request: weights_pb2.WatchRequest) -> Wanted | None:
+    return Wanted(tuple(request.have), tuple(request.codecs)) if request.push else None
 
 
 def _result_of(error: LongshoreError) -> str:

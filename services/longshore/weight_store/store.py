@@ -128,8 +128,12 @@ class WeightStore:
         self._check_base(admission)
         return admission
 
-    def commit(self, admission: Admission, file: IO[bytes]) -> bool:
+    def commit(self, admission: Admission, file: IO[bytes], confirm: Callable[[], None] | None = None) -> bool:
         """Checks the payload and makes the version exist, with head on it. True when the version was there already.
+
+        Args:
+            confirm: called when the payload has been proven, before anything is written; what it raises stops the
+                publish.
 
         Raises:
             IntegrityError: the payload is not what the manifest says.
@@ -138,6 +142,8 @@ class WeightStore:
         if (size := file.seek(0, os.SEEK_END)) != admission.encoding.size:
             raise IntegrityError(f"the payload has {size} bytes, its encoding says {admission.encoding.size}")
         copy = self._proven(admission, file)
+        if confirm is not None:
+            confirm()
         job, key = admission.job, admission.key
         with self._books.changing(job) as catalog:
             existed = self._is_there(admission)

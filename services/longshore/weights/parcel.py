@@ -11,11 +11,19 @@ from longshore.proto.v1 import weights_pb2
 from longshore.signing import SigningKey
 from longshore.types import JobRef
 from longshore.weight_store import bundle, payload
-from longshore.weight_store.payload import Tensor
+from longshore.weight_store.payload import Tensor, TensorInfo
 from longshore.weight_store.version import HEAD, VersionDraft, build_manifest, sign_manifest, sign_pointer
 
 # Renewed by every publish; long enough for the slowest step and for a finished job to be looked at.
 HEAD_LIFETIME_S = 30 * 86400.0
+
+
+@dataclass(frozen=True)
+class Base:
+    """A version that the store has, and its tensors."""
+
+    version: int
+    tensors: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,13 @@ def pack(
     tensors: Sequence[Tensor],
     assets: Mapping[str, bytes],
     serial: int,
+    base: Base | None = None,
+    threads: int = 1,
 ) -> Parcel:
-    """Hashes and signs a version, and a head that names it. Blocks for as long as hashing takes twice.
+    """Hashes, encodes and signs a version, and a head that names it. Blocks for as long as that takes.
+
+    Args:
+        base: a published version to encode a delta from, if its tensors have the same layout.
 
     Raises:
         ValueError: the draft or a tensor makes no sense.
@@ -51,19 +64,37 @@ def pack(
     archive = bundle.pack(assets)
     assets_sha256 = hashlib.sha256(archive).digest()
     manifest = build_manifest(job, draft, infos, assets_sha256)
-    parts = [payload.encode_header(infos), *(tensor.data for tensor in tensors)]
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(part)
+    encoding, parts = _encoded(tensors, infos, base, threads)
     header = weights_pb2.PublishHeader(
         manifest=sign_manifest(key, manifest),
-        encoding=weights_pb2.Encoding(
-            kind=weights_pb2.ENCODING_KIND_FULL,
-            sha256=whole.digest(),
-            size=sum(len(part) for part in parts),
-            codec=payload.CODEC,
-        ),
+        encoding=encoding,
         assets=archive,
         head=sign_pointer(key, job, HEAD, draft.version, serial, time.time() + HEAD_LIFETIME_S),
     )
     return Parcel(header, parts, assets_sha256)
+
+
+def _encoded(
+    tensors: Sequence[Tensor], infos: Sequence[TensorInfo], base: Base | None, threads: int
+) -> tuple[weights_pb2.Encoding, list[bytes]]:
+    if base is not None and [_layout(item) for item in base.tensors] == [_layout(item) for item in tensors]:
+        # Late, because it needs NumPy.
+        from longshore.weight_store.codec import delta
+
+        parts = [delta.encode(base.tensors, tensors, threads)]
+        encoding = weights_pb2.Encoding(
+            kind=weights_pb2.ENCODING_KIND_DELTA, base_version=base.version, codec=delta.CODEC
+        )
+    else:
+        parts = [payload.encode_header(infos), *(tensor.data for tensor in tensors)]
+        encoding = weights_pb2.Encoding(kind=weights_pb2.ENCODING_KIND_FULL, codec=payload.CODEC)
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    encoding.sha256 = whole.digest()
+    encoding.size = sum(len(part) for part in parts)
+    return encoding, parts
+
+
+def _layout(tensor: Tensor) -> tuple[str, str, tuple[int, ...]]:
+    return tensor.name, tensor.dtype, tensor.shape

@@ -18,7 +18,7 @@ from longshore.generator.llama_config import read_config
 from longshore.generator.metrics import REFUSED, EngineMetrics
 from longshore.generator.torch_slots import SlotOptions, TorchSlotsEngine
 from longshore.types import JobRef
-from longshore.weights.client import CanaryProbe, PolicyVersion
+from longshore.weights.client import CanaryProbe, News, PolicyVersion
 
 JOB = JobRef("default", "follower")
 WAIT_S = 20.0
@@ -36,7 +36,7 @@ class Store:
         self.failures = 0
         self.gate = asyncio.Event()
         self.gate.set()
-        self._heads: asyncio.Queue[int] = asyncio.Queue()
+        self._heads: asyncio.Queue[News] = asyncio.Queue()
 
     def publish(self, version: int, *, head: bool = True, **changes: object) -> None:
         model = tiny_model(version)
@@ -53,9 +53,15 @@ class Store:
         )
         self.versions[version] = dataclasses.replace(made, **changes)  # type: ignore[arg-type]
         if head:
-            self._heads.put_nowait(version)
+            self._heads.put_nowait(News(version, published=True))
 
-    async def watch_head(self) -> AsyncIterator[int]:
+    def push(self, version: int, **changes: object) -> None:
+        """Its bytes are here before the pointer."""
+        self.publish(version, head=False, **changes)
+        self._heads.put_nowait(News(version, published=False))
+
+    async def watch(self, pointer: str) -> AsyncIterator[News]:
+        assert pointer == "head"
         while True:
             yield await self._heads.get()
 

@@ -11,7 +11,7 @@ from tiny_llama import VOCABULARY, config_json, named_tensors, published, refere
 from longshore.errors import ConfigError, IntegrityError
 from longshore.generator import llama_forward
 from longshore.generator.llama_config import read_config
-from longshore.generator.llama_weights import build_weights, tensors_of
+from longshore.generator.llama_weights import TorchViews, build_weights
 from longshore.generator.slot_decoder import SlotDecoder
 from longshore.weights.client import Tensor
 
@@ -63,7 +63,7 @@ def test_refuses_what_is_no_config(content: bytes) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_published_tensors_are_widened_exactly(dtype: torch.dtype) -> None:
     model = tiny_model(3)
-    tensors = tensors_of(published(model, dtype))
+    tensors = TorchViews().of(published(model, dtype))
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     shape = read_config(config_json(model))
     scored = torch.tensor(llama_forward.score(shape, build_weights(shape, tensors), (1, 2, 3, 4)))
@@ -80,7 +80,7 @@ def test_published_tensors_are_widened_exactly(dtype: torch.dtype) -> None:
 )
 def test_malformed_tensors_are_refused(tensor: Tensor) -> None:
     with pytest.raises(IntegrityError, match="tensor x"):
-        tensors_of([tensor])
+        TorchViews().of([tensor])
 
 
 def test_tensors_that_do_not_fit_the_config_are_refused() -> None:

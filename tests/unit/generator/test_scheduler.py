@@ -111,7 +111,7 @@ def test_an_outdated_request_fails_at_once_or_at_the_swap() -> None:
     assert "4" in failure.message
     made.add(request("skipped", (6, 6)))
     made.next_version = 7
-    _, failures = made.swapped()
+    _, failures, _ = made.swapped()
     assert [(item.request_id, item.failure) for item in failures] == [("skipped", Failure.VERSION)]
     assert made.num_waiting == 0
 
@@ -123,7 +123,7 @@ def test_a_swap_ends_the_spans_of_running_requests() -> None:
     slots = {reply.request.request_id: reply.slot for reply in made.admit()}
     assert made.drawn(slots["drew"], 9, -0.5, now=0.0) is None
     made.next_version = 6
-    events, _ = made.swapped()
+    events, _, _ = made.swapped()
     assert [(item.request_id, item.token_ids, item.version, item.kv) for item in events] == [
         ("drew", (9,), 5, KvMark.RECOMPUTED)
     ]

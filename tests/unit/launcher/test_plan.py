@@ -96,13 +96,16 @@ def test_a_rollout_site_has_everything_of_its_own_and_only_its_relay_knows_home(
             continue
         assert spec.env["LONGSHORE_SITE"] == "west"
         assert spec.argv[-1] == spec.service
-        knows_home = ENDPOINTS.broker_url in spec.env.values()
-        assert knows_home == (name == "west-relay")
+        for home in (ENDPOINTS.broker_url, ENDPOINTS.weights):
+            assert (home in spec.env.values()) == (name == "west-relay")
     actor = plan["west-actor-1"].env
     assert actor["LONGSHORE_BROKER_URL"] == WEST.url
     assert actor["LONGSHORE_GENERATOR"] == plan["west-generator-0"].env["LONGSHORE_LISTEN"]
     assert actor["LONGSHORE_VERIFIER"] == plan["west-verifier-0"].env["LONGSHORE_LISTEN"]
     relay = plan["west-relay"].env
+    # The site's generators get their weights from the relay.
+    assert plan["west-generator-0"].env["LONGSHORE_WEIGHTS"] == relay["LONGSHORE_LISTEN"]
+    assert relay["LONGSHORE_HOME_WEIGHTS"] == ENDPOINTS.weights
     assert relay["LONGSHORE_BROKER_URL"] == WEST.url
     assert relay["LONGSHORE_HOME_BROKER_URL"] == ENDPOINTS.broker_url
     # Twice what it works on; what is said is taken.

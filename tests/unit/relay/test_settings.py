@@ -12,6 +12,7 @@ from longshore.relay.service import serve
 
 def settings(**changes: object) -> RelaySettings:
     given = {"job_file": "job.json", "broker_url": "unix:///w", "home_broker_url": "unix:///h", "spool_dir": "spool"}
+    given |= {"home_weights": "127.0.0.1:9", "weights_dir": "weights"}
     return RelaySettings.model_validate({**given, "site": "west", **changes})
 
 
