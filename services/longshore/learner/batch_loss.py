@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longshore.config import TrainSpec
+from longshore.config_credit import Gae
 from longshore.learner.objectives.kl import kl_term
 from longshore.learner.objectives.normalise import scales, totals_of
 from longshore.learner.objectives.registry import Objective
@@ -20,6 +21,7 @@ from longshore.learner.objectives.tokens import TokenBatch
 from longshore.learner.objectives.variance import ess_share, optimal_baseline, squared_gradients, step_scale
 from longshore.learner.sequences import TrainSequence
 from longshore.learner.streams import TokenStreams
+from longshore.learner.value_head import generalised_advantages
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Scores:
     entropy: Tensor
     # sum_v pi_v^2: the chance that two draws agree.
     collision: Tensor
+    # The value head's answer to what stands before each token, where there is one.
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,11 @@ class LossSums:
     reference_kl: float = 0.0
     same_version_tokens: int = 0
     same_version_kl: float = 0.0
+    # Of the value head: squared errors, returns, their squares, and errors.
+    value_squares: float = 0.0
+    value_errors: float = 0.0
+    returns: float = 0.0
+    return_squares: float = 0.0
     # log s of each sequence.
     log_ratios: list[Tensor] = field(default_factory=list)
 
@@ -85,6 +94,7 @@ class BatchLoss:
         # Of the passes in their order, once there was a preview.
         self._keep: list[Tensor] | None = None
         self._advantages: list[Tensor] | None = None
+        self._returns: list[Tensor] | None = None
         self.sums = LossSums()
 
     @property
@@ -95,7 +105,8 @@ class BatchLoss:
     @property
     def wants_preview(self) -> bool:
         """Whether the log-probs of the whole batch must be known before its first gradient."""
-        return self._objective.keep is not None or self._spec.optimal_baseline is not None
+        spec = self._spec
+        return self._objective.keep is not None or spec.optimal_baseline is not None or isinstance(spec.credit, Gae)
 
     def preview(self, passes: Sequence[tuple[TokenStreams, Scores]]) -> None:
         """Works out what is of the batch as a whole, from every pass of it (without gradients)."""
@@ -116,6 +127,10 @@ class BatchLoss:
                 groups,
             )
             self._advantages = list(shifted.split(sizes))
+        if isinstance(self._spec.credit, Gae):
+            values = torch.cat([scores.values for _, scores in passes if scores.values is not None])
+            advantages, returns = generalised_advantages(streams, values, self._spec.credit)
+            self._advantages, self._returns = list(advantages.split(sizes)), list(returns.split(sizes))
 
     def add(self, number: int, streams: TokenStreams, scores: Scores, others: Others) -> Tensor:
         """The share of pass `number` (from 0) in the batch's loss, a scalar with a gradient."""
@@ -127,12 +142,26 @@ class BatchLoss:
         if self._spec.kl is not None:
             assert others.reference is not None
             loss = loss + kl_term(tokens, others.reference, self._spec.kl)
+        if self._returns is not None:
+            loss = loss + self._value_loss(scores, self._returns[number])
         scale = scales(self._spec.objective.normalise, streams.rollouts, self._totals, self._reply_limit)
         total = (loss * streams.weights * scale).sum()
         with torch.no_grad():
             self._count(tokens, streams, scores, result.loss, result.masked, others)
             self.sums.loss += float(total)
         return total
+
+    def _value_loss(self, scores: Scores, returns: Tensor) -> Tensor:
+        """[N] coefficient / 2 * (V_t - return_t)^2"""
+        assert isinstance(self._spec.credit, Gae)
+        assert scores.values is not None
+        errors = scores.values - returns
+        with torch.no_grad():
+            self.sums.value_errors += float(errors.sum())
+            self.sums.value_squares += float(errors.square().sum())
+            self.sums.returns += float(returns.sum())
+            self.sums.return_squares += float(returns.square().sum())
+        return 0.5 * self._spec.credit.value_coefficient * errors.square()
 
     def step_scale(self) -> float:
         """What the learning rate of this step is multiplied by; known after the last pass."""
@@ -201,6 +230,11 @@ class BatchLoss:
             metrics["mismatch_kl/same_version"] = sums.same_version_kl / sums.same_version_tokens
         if self._spec.kl is not None:
             metrics["reference_kl/mean"] = sums.reference_kl / tokens
+        if self._returns is not None:
+            metrics["value/loss"] = sums.value_squares / tokens
+            variance = sums.return_squares / tokens - (sums.returns / tokens) ** 2
+            left = sums.value_squares / tokens - (sums.value_errors / tokens) ** 2
+            metrics["value/explained_variance"] = 1.0 - left / variance if variance > 0 else 0.0
         return metrics
 
 

@@ -45,14 +45,14 @@ class Snapshot:
 
 def take_snapshot(trainer: Trainer, step: int, state: dict[str, object]) -> Snapshot:
     """Copies the trainer's tensors. `state` must be JSON-compatible and is kept as it is."""
-    names = {parameter: name for name, parameter in trainer.policy.named_parameters()}
+    names = {parameter: name for name, parameter in trainer.named_parameters()}
     optimizer = {
         f"{names[parameter]}|{key}": value.detach().clone()
         for parameter, slots in trainer.optimizer.state.items()
         for key, value in slots.items()
         if isinstance(value, Tensor)
     }
-    policy = {name: parameter.detach().clone() for name, parameter in trainer.policy.named_parameters()}
+    policy = {name: parameter.detach().clone() for name, parameter in trainer.named_parameters()}
     frozen = {
         f"{which}|{name}": value.clone()
         for which, weights in trainer.frozen.weights.items()
@@ -64,7 +64,7 @@ def take_snapshot(trainer: Trainer, step: int, state: dict[str, object]) -> Snap
 def restore_snapshot(trainer: Trainer, snapshot: Snapshot) -> None:
     """Puts a snapshot's tensors back into the policy and the optimizer."""
     with torch.no_grad():
-        for name, parameter in trainer.policy.named_parameters():
+        for name, parameter in trainer.named_parameters():
             parameter.copy_(snapshot.policy[name])
             slots = {
                 key.rpartition("|")[2]: value.clone()

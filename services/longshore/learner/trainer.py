@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from longshore.config import TrainSpec
+from longshore.config_credit import Gae
 from longshore.learner.batch import MicroBatch, micro_batches
 from longshore.learner.batch_loss import BatchLoss, Others, Scores
 from longshore.learner.frozen import FrozenPolicies
 from longshore.learner.objectives.registry import build_objective
 from longshore.learner.sequences import TrainSequence
+from longshore.learner.value_head import new_value_head, values_of
 
 # Padded tokens of one forward pass: bounds memory, not what is learned.
 MICRO_BATCH_TOKENS = 16_384
@@ -36,9 +39,16 @@ class Trainer:
         self._reply_limit = reply_limit
         self.objective = build_objective(spec.objective)
         self.frozen = FrozenPolicies(has_reference=spec.kl is not None, anchor_every=self.objective.anchor_every)
+        self.value_head = new_value_head(policy.config.hidden_size) if isinstance(spec.credit, Gae) else None
+        self._parameters = [parameter for _, parameter in self.named_parameters()]
         self.optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay, betas=(0.9, 0.95)
+            self._parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay, betas=(0.9, 0.95)
         )
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Everything that is trained: the policy, and a value head where there is one."""
+        head = [] if self.value_head is None else self.value_head.named_parameters(prefix="value_head")
+        return [*self.policy.named_parameters(), *head]
 
     def learning_rate(self, step: int) -> float:
         """Rate of train step `step` (from 1): linear warm-up, then constant or linear to the final rate."""
@@ -67,13 +77,13 @@ class Trainer:
         others = self._others(number, micros)
         if loss.wants_preview and len(micros) > 1:
             with torch.no_grad():
-                loss.preview([(micro.streams, token_scores(self.policy, micro)) for micro in micros])
+                loss.preview([(micro.streams, self._scores(micro)) for micro in micros])
         for place, micro in enumerate(micros):
-            scores = token_scores(self.policy, micro)
+            scores = self._scores(micro)
             if loss.wants_preview and len(micros) == 1:
                 loss.preview([(micro.streams, scores)])
             loss.add(place, micro.streams, scores, others[place]).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.spec.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.spec.max_grad_norm)
         rate *= loss.step_scale()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -82,13 +92,17 @@ class Trainer:
             self.optimizer.step()
         return self._metrics(loss, float(norm), rate)
 
+    def _scores(self, micro: MicroBatch) -> Scores:
+        scores, hidden = token_scores(self.policy, micro)
+        return scores if self.value_head is None else replace(scores, values=values_of(self.value_head, hidden))
+
     def _others(self, number: int, micros: Sequence[MicroBatch]) -> list[Others]:
         """Log-probs under the reference and under the anchor, where the job has them."""
         self.frozen.renew(number, self.policy)
         found: dict[str, list[Tensor]] = {}
         for name in self.frozen.names:
             with self.frozen.lent_to(self.policy, name), torch.no_grad():
-                found[name] = [token_scores(self.policy, micro).logp for micro in micros]
+                found[name] = [token_scores(self.policy, micro)[0].logp for micro in micros]
         return [Others(**{name: values[place] for name, values in found.items()}) for place in range(len(micros))]
 
     def _metrics(self, loss: BatchLoss, norm: float, rate: float) -> dict[str, float]:
@@ -100,18 +114,20 @@ class Trainer:
         }
 
 
-def token_scores(policy: torch.nn.Module, micro: MicroBatch) -> Scores:
-    """Log-probs of the sampled tokens under `policy` at the temperature they were drawn with, and entropies.
+def token_scores(policy: torch.nn.Module, micro: MicroBatch) -> tuple[Scores, Tensor]:
+    """Log-probs of the sampled tokens under `policy` at the temperature they were drawn with, and what else is told of
+    them; and the [N, E] hidden states that predicted them.
 
     Logits are made only where a sampled token was predicted, in float32.
     """
     hidden = policy.model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
-    logits = policy.lm_head(hidden[micro.rows, micro.columns]).float() / micro.streams.temperature[:, None]
+    chosen = hidden[micro.rows, micro.columns]
+    logits = policy.lm_head(chosen).float() / micro.streams.temperature[:, None]
     log_probs = functional.log_softmax(logits, dim=-1)
     with torch.no_grad():
         probs = log_probs.exp()
         entropy, collision = -(probs * log_probs).sum(-1), probs.square().sum(-1)
-    return Scores(log_probs.gather(1, micro.targets[:, None]).squeeze(1), entropy, collision)
+    return Scores(log_probs.gather(1, micro.targets[:, None]).squeeze(1), entropy, collision), chosen
 
 
 def canary_logprobs(policy: torch.nn.Module, token_ids: Sequence[int]) -> list[float]:

@@ -124,11 +124,11 @@ def test_a_batch_without_signal_changes_nothing(tokenizer):
 def test_log_probs_are_at_the_temperature_of_the_sample(tokenizer):
     trainer = new_trainer(tokenizer)
     (micro,) = micro_batches(batch()[:1], 1000)
-    plain = token_scores(trainer.policy, micro).logp
+    plain = token_scores(trainer.policy, micro)[0].logp
     logits = trainer.policy(torch.tensor([[5, 6, 9, 7, 8, 1]])).logits[0]
     assert torch.allclose(plain, torch.log_softmax(logits, -1)[[2, 3, 4], [7, 8, 1]], atol=1e-6)
     micro.streams.temperature.fill_(2.0)
-    cooled = token_scores(trainer.policy, micro).logp
+    cooled = token_scores(trainer.policy, micro)[0].logp
     assert torch.allclose(cooled, torch.log_softmax(logits / 2, -1)[[2, 3, 4], [7, 8, 1]], atol=1e-6)
 
 
