@@ -14,7 +14,9 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 
-$(VENV)/.local: pyproject.toml constraints.txt | $(VENV)/bin/python
+KERNEL := hatch_build.py $(wildcard services/longshore/weight_store/codec/*.[ch])
+
+$(VENV)/.local: pyproject.toml constraints.txt $(KERNEL) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[local]'
 	@touch $@
 

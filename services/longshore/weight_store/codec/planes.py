@@ -1,33 +1,30 @@
-"""The full encoding of one version's tensors, lossless: byte planes, compressed where that pays."""
+"""The full encoding of one version's tensors, lossless: blocks of byte planes, compressed where that pays."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import blake3
 import numpy as np
 
-from longshore.errors import IntegrityError
-from longshore.weight_store.codec import frame
+from longshore.weight_store.codec import blocks, frame
+from longshore.weight_store.codec.kernel import FORMATS
 from longshore.weight_store.payload import Tensor, TensorInfo
 
 CODEC = "longshore-planes/1"
 
 _MAGIC = b"LSP\x01"
-_RAW, _PLANES = 0, 1
 
 
 def encode(tensors: Sequence[Tensor], threads: int = 1) -> bytes:
     """The payload from which the tensors are decoded. Raises ValueError: bytes do not fit a shape."""
-    modes: list[int] = []
-    parts: list[bytes | memoryview] = []
-    for tensor in tensors:
-        data = frame.bytes_of(tensor)
-        packed = frame.compress(np.ascontiguousarray(data.reshape(-1, frame.item_bytes(tensor.dtype)).T).reshape(-1))
-        small = len(packed) < len(data)
-        modes.append(_PLANES if small else _RAW)
-        parts.append(packed if small else data.data)
-    return frame.pack(_MAGIC, frame.layout_digest(tensors), modes, parts)
+    made = frame.each(
+        threads,
+        lambda tensor: blocks.encode(FORMATS[tensor.dtype].width, frame.bytes_of(tensor), None),
+        tensors,
+    )
+    every = [block for own in made for block in own]
+    fields = [field for block in every for field in block.fields()]
+    return frame.pack(_MAGIC, frame.layout_digest(tensors), fields, [part for block in every for part in block.parts])
 
 
 def decode(
@@ -38,21 +35,17 @@ def decode(
     Raises:
         IntegrityError: naming the first thing that is wrong.
     """
-    decoded = []
-    for info, (mode, part) in zip(infos, frame.unpack(payload, _MAGIC, infos), strict=True):
-        own = _decode_one(info, mode, part)
-        if verify and blake3.blake3(own.data).digest() != info.blake3:
-            raise IntegrityError(f"tensor {info.name} does not match its checksum in the manifest")
-        decoded.append(own)
-    return decoded
+    fields = frame.Fields(payload, _MAGIC, infos)
+    stored = [blocks.read(fields, FORMATS[info.dtype].width, info.num_bytes) for info in infos]
+    fields.finish()
+    made = [np.empty(info.num_bytes, np.uint8) for info in infos]
 
+    def fill(index: int) -> None:
+        info = infos[index]
+        blocks.decode(info.name, FORMATS[info.dtype].width, stored[index], made[index], None)
 
-def _decode_one(info: TensorInfo, mode: int, part: memoryview) -> Tensor:
-    if mode == _PLANES:
-        flat = np.frombuffer(frame.decompress(info.name, part, info.num_bytes), np.uint8)
-        return frame.tensor_of(info, np.ascontiguousarray(flat.reshape(frame.item_bytes(info.dtype), -1).T).reshape(-1))
-    if mode == _RAW:
-        if len(part) != info.num_bytes:
-            raise IntegrityError(f"tensor {info.name}: {len(part)} bytes in the payload, not {info.num_bytes}")
-        return frame.tensor_of(info, np.frombuffer(part, np.uint8).copy())
-    raise IntegrityError(f"tensor {info.name}: the payload has mode {mode} for it, which this version does not know")
+    frame.each(threads, fill, range(len(infos)))
+    tensors = [frame.tensor_of(info, data) for info, data in zip(infos, made, strict=True)]
+    if verify:
+        frame.verify(threads, tensors, infos)
+    return tensors

@@ -1,0 +1,73 @@
+"""Builds the weight codec's C kernel into the package; a build hook of hatchling, and a script for a checkout.
+
+One plain C file, loaded by ctypes: it knows no Python, so one wheel serves every version of it. Without a compiler the
+package installs all the same, and its codec runs on numpy, much slower.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+CODEC = Path("services/longshore/weight_store/codec")
+# By file, as native.py knows them: for any processor, and for most and for newer ones of x86-64.
+LIBRARIES = {"_kernel.so": [], "_kernel_v3.so": ["-march=x86-64-v3"], "_kernel_v4.so": ["-march=x86-64-v4"]}
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared")
+
+
+def build(root: Path) -> list[str]:
+    """Compiles the kernel in the source tree, and removes what was built of older source.
+
+    Returns the files that were made: none without a compiler.
+    """
+    folder = root / CODEC
+    made = []
+    for name, own in LIBRARIES.items():
+        (folder / name).unlink(missing_ok=True)
+        if own and platform.machine() not in ("x86_64", "AMD64"):
+            continue
+        if compile_kernel(folder, folder / name, [*FLAGS, *own]):
+            made.append(str(CODEC / name))
+    return made
+
+
+def compile_kernel(source: Path, library: Path, flags: list[str]) -> bool:
+    """Returns False where there is no compiler, or none that knows the flags."""
+    compiler = os.environ.get("CC") or "cc"
+    # Made beside and then moved: a process that has the old one loaded keeps it.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        command = [compiler, *flags, str(source / "kernel.c"), "-o", str(made)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        except (OSError, subprocess.SubprocessError) as error:
+            sys.stderr.write(f"{shlex.join(command)}: {getattr(error, 'stderr', None) or error}\n")
+            return False
+        made.replace(library)
+    return True
+
+
+class KernelHook(BuildHookInterface):  # type: ignore[type-arg]
+    """Makes the wheel one of this platform, for any Python 3."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        made = build(Path(self.root))
+        if not made:
+            self.app.display_warning("longshore: the weight codec's kernel was not built; numpy does its work, slowly")
+            return
+        build_data["artifacts"] += made
+        build_data["pure_python"] = False
+        build_data["tag"] = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
+
+
+if __name__ == "__main__":
+    sys.exit(not build(Path(__file__).parent))
