@@ -46,9 +46,10 @@ def _dispatch(argv: list[str]) -> int:
         return 1
     except LongshoreError as error:
         return _say(error)
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) or argv[:1] == ["serve"]:
+            # A service's log is for whoever wants to know where it happened.
+            raise
         # The machine's word, not a bug: a folder that cannot be written, a full disk, a file where a folder belongs.
         where = f"{error.filename}: " if error.filename is not None else ""
         sys.stderr.write(f"longshore: {where}{error.strerror or error}\n")

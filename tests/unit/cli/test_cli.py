@@ -175,6 +175,15 @@ def test_a_service_that_has_drained_is_gone_at_once(folder: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (3, "drained\n", "")
 
 
+def test_a_service_that_the_machine_fails_says_where(folder: Path) -> None:
+    failing = SERVE.replace('lambda: print("drained") or 3', 'lambda: open("/no/such/file")')
+    script = failing.replace("from longshore.console.app import app", "from longshore.cli import main as app")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.endswith("FileNotFoundError: [Errno 2] No such file or directory: '/no/such/file'\n")
+
+
 def test_a_taken_port_is_one_message(process: Command) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
