@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from gateway_bench import KEY, PROCESSES, FakeLauncher, GatewayBench, all_events
+from gateway_bench import KEY, PROCESSES, FakeLauncher, GatewayBench, all_events, document
 from redis.asyncio import Redis
+from sqlalchemy import Connection, event
 
 from longshore.client import ApiClient
 from longshore.errors import Conflict, Unavailable
@@ -97,6 +98,32 @@ async def test_what_waits_too_long_to_start_fails(bench: GatewayBench, monkeypat
     bench.launcher.refuses = Unavailable("away")
     job_id = await bench.submit()
     assert "could not be started" in (await bench.until_state(job_id, "failed")).error
+
+
+async def test_a_full_disk_under_the_database_is_waited_for(
+    bench: GatewayBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "RETRY_S", 0.05)
+    job_id = await bench.running()
+    most_pages = 1
+
+    @event.listens_for(bench.store._engine.sync_engine, "begin")
+    def limit(connection: Connection) -> None:
+        # SQLite says of a database that may not grow what it says of one whose disk is full.
+        connection.exec_driver_sql(f"PRAGMA max_page_count={most_pages}")
+
+    message = "x" * 100_000
+    await bench.channel(job_id).publish({"type": "warning", "message": message})
+    async with bench.http() as http:
+        large = document(tasks={"source": "jsonl", "options": {"much": message}})
+        answer = await http.post("/v1/jobs", json=large)
+        assert (answer.status_code, "disk is full" in answer.text) == (503, True)
+        assert (await http.get(f"/v1/jobs/{job_id}")).json()["state"] == "running"
+    most_pages = 2**30
+    bench.launcher.becomes(job_id, UnitState.FAILED, "at last")
+    assert (await bench.until_state(job_id, "failed")).error == "at last"
+    told = await all_events(bench, job_id)
+    assert [body["message"] for body in told if body["type"] == "warning"] == [message]
 
 
 async def test_cancel_asks_the_learner_and_believes_its_end(bench: GatewayBench) -> None:

@@ -25,6 +25,7 @@ from longshore.console.summary import shown
 from longshore.errors import LongshoreError, Unavailable
 from longshore.launcher.stack import START_TIMEOUT_S, Stack, StackFailed
 from longshore.launcher.state_dir import default_runs_dir, default_state_dir, holder, read_up
+from longshore.telemetry.log import unfailing
 
 _CANCEL_TIMEOUT_S = 2.0
 # A stack gives its processes 8 s to drain, job by job and service by service.
@@ -195,7 +196,7 @@ def _log_to(path: Path) -> None:
             structlog.processors.JSONRenderer(),
         ],
         # Line-buffered and open until the process ends.
-        logger_factory=structlog.PrintLoggerFactory(path.open("a", buffering=1, encoding="utf-8")),
+        logger_factory=structlog.PrintLoggerFactory(unfailing(path.open("a", buffering=1, encoding="utf-8"))),
     )
 
 

@@ -9,6 +9,7 @@ It may die at any line: another one goes on from the row, because every act here
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -70,18 +71,26 @@ class JobDriver:
             if stop.is_set():
                 return
             try:
-                await self._turn()
+                await self._turn_or_fail()
             except Unavailable as error:
                 log.warning("waiting", job=self._job.id, reason=str(error))
-                await self._check_start_deadline(error)
+                with contextlib.suppress(Unavailable):
+                    await self._check_start_deadline(error)
                 await asyncio.sleep(RETRY_S)
-            except (LongshoreError, OSError) as error:
-                await self._fail(str(error))
-            except Exception as error:
-                # The job's boundary: one job's bug must not end the gateway under the others.
-                log.error("driver failed", job=self._job.id, exc_info=error)
-                await self._fail("internal error; see the gateway's log")
         await self._clean_up()
+
+    async def _turn_or_fail(self) -> None:
+        """Raises Unavailable alone: nothing can be said of the job meanwhile, not even that it failed."""
+        try:
+            await self._turn()
+        except Unavailable:
+            raise
+        except (LongshoreError, OSError) as error:
+            await self._fail(str(error))
+        except Exception as error:
+            # The job's boundary: one job's bug must not end the gateway under the others.
+            log.error("driver failed", job=self._job.id, exc_info=error)
+            await self._fail("internal error; see the gateway's log")
 
     async def _turn(self) -> None:
         self._job = await self._store.get(self._job.id)

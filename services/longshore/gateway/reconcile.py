@@ -38,7 +38,10 @@ class Reconciler:
             await wait_for_any(self._parts.units.known, stop, timeout=None)
             while not stop.is_set():
                 changed = self._parts.store.changed()
-                await self._look()
+                try:
+                    await self._look()
+                except Unavailable as error:
+                    log.warning("jobs cannot be looked at", reason=str(error))
                 await wait_for_any(changed, stop, timeout=_LOOK_EVERY_S)
         finally:
             await _end([watching, *self._drivers.values()])

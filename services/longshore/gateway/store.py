@@ -8,17 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import JSON, Float, ForeignKey, Index, MetaData, String, Text, delete, event, insert, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.schema import Column, Table
 from sqlalchemy.types import BigInteger, Integer
 
-from longshore.errors import Conflict, NotFound
+from longshore.errors import Conflict, NotFound, Unavailable
 from longshore.gateway import metrics
 from longshore.gateway.states import Body, JobState, progress_after, sources_of
 
@@ -84,7 +84,7 @@ class Event:
 
 
 class JobStore:
-    """The job database. Open it before use, close it after."""
+    """The job database. Open it before use, close it after. Every method raises Unavailable while it cannot be used."""
 
     def __init__(self, url: str) -> None:
         self._engine: AsyncEngine = create_async_engine(url)
@@ -100,13 +100,22 @@ class JobStore:
     async def close(self) -> None:
         await self._engine.dispose()
 
+    @contextlib.asynccontextmanager
+    async def _connected(self) -> AsyncIterator[AsyncConnection]:
+        """One transaction. Raises Unavailable while the database cannot be used: its disk is full, it is away."""
+        try:
+            async with self._engine.begin() as connection:
+                yield connection
+        except OperationalError as error:
+            raise Unavailable(f"the job database cannot be used: {error.orig}") from None
+
     async def create(self, job_id: str, project: str, name: str, spec: Body) -> Job:
         """Stores a queued job. Raises Conflict when the id is taken."""
         now = time.time()
         row = {"id": job_id, "project": project, "name": name, "state": JobState.QUEUED.value, "spec": spec}
         times = {"created_at": now, "updated_at": now}
         try:
-            async with self._engine.begin() as connection:
+            async with self._connected() as connection:
                 await connection.execute(insert(_jobs).values(**row, **times, error="", progress={}, cursor="0"))
                 await _add_state_event(connection, job_id, JobState.QUEUED, "", now)
         except IntegrityError:
@@ -116,7 +125,7 @@ class JobStore:
 
     async def get(self, job_id: str) -> Job:
         """Raises NotFound."""
-        async with self._engine.connect() as connection:
+        async with self._connected() as connection:
             row = (await connection.execute(select(_jobs).where(_jobs.c.id == job_id))).mappings().first()
         if row is None:
             raise NotFound(f"there is no job {job_id}")
@@ -125,14 +134,14 @@ class JobStore:
     async def newest(self, limit: int) -> list[Job]:
         """The newest jobs, newest first."""
         query = select(_jobs).order_by(_jobs.c.created_at.desc(), _jobs.c.id).limit(limit)
-        async with self._engine.connect() as connection:
+        async with self._connected() as connection:
             return [_job(row) for row in (await connection.execute(query)).mappings()]
 
     async def unfinished(self) -> list[Job]:
         """Every job that has not ended, oldest first."""
         states = [state.value for state in JobState if not state.ended]
         query = select(_jobs).where(_jobs.c.state.in_(states)).order_by(_jobs.c.created_at)
-        async with self._engine.connect() as connection:
+        async with self._connected() as connection:
             return [_job(row) for row in (await connection.execute(query)).mappings()]
 
     async def move(self, job_id: str, target: JobState, message: str = "") -> Job:
@@ -147,7 +156,7 @@ class JobStore:
         values: dict[str, object] = {"state": target.value, "updated_at": now}
         if target is JobState.FAILED:
             values["error"] = message
-        async with self._engine.begin() as connection:
+        async with self._connected() as connection:
             # The write comes first, and tests the state itself: two writers cannot both pass.
             moved = await connection.execute(
                 update(_jobs).where(_jobs.c.id == job_id, _jobs.c.state.in_(sources)).values(**values)
@@ -168,7 +177,7 @@ class JobStore:
         for kind, body in events:
             progress = progress_after(progress, kind, body)
         cursor = job.cursor if cursor is None else cursor
-        async with self._engine.begin() as connection:
+        async with self._connected() as connection:
             await connection.execute(
                 update(_jobs).where(_jobs.c.id == job.id).values(progress=progress, cursor=cursor, updated_at=now)
             )
@@ -185,7 +194,7 @@ class JobStore:
     async def events(self, job_id: str, after: int, limit: int) -> list[Event]:
         """Events of a job after an event id, oldest first."""
         query = select(_events).where(_events.c.job == job_id, _events.c.id > after).order_by(_events.c.id)
-        async with self._engine.connect() as connection:
+        async with self._connected() as connection:
             rows = (await connection.execute(query.limit(limit))).mappings()
             return [Event(row["id"], row["time"], row["type"], row["body"]) for row in rows]
 

@@ -26,6 +26,9 @@ from longshore.learner.trainer import Trainer
 
 log = structlog.get_logger()
 
+# What versions of safetensors say of a full disk.
+_FULL_TEXTS = ("StorageFull", f"code: {errno.ENOSPC}", f"os error {errno.ENOSPC}")
+
 KEEP = 2
 
 
@@ -99,7 +102,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     except SafetensorError as error:
         shutil.rmtree(part, ignore_errors=True)
         # The library tells a full disk by text alone.
-        code = errno.ENOSPC if "StorageFull" in str(error) or f"code: {errno.ENOSPC}" in str(error) else errno.EIO
+        code = errno.ENOSPC if any(text in str(error) for text in _FULL_TEXTS) else errno.EIO
         raise OSError(code, str(error), str(part)) from error
     for old in sorted(folder.glob("checkpoint_*"))[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)

@@ -52,7 +52,7 @@ class LearnerLoop:
             Interrupted: told to stop before the end; a later incarnation goes on.
             Fenced: a later incarnation has taken over.
         """
-        self.reporter.rewind(self.progress.step)
+        await self.reporter.rewind(self.progress.step)
         self.issuer.restore()
         try:
             await self.upkeep.begin()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -43,9 +42,9 @@ class Reporter:
         self._pace: deque[float] = deque(maxlen=PACE_STEPS)
         self._evaluation_at = 0.0
 
-    def rewind(self, step: int) -> None:
+    async def rewind(self, step: int) -> None:
         """Forgets the lines of steps that will be taken again."""
-        self._lines.keep_until(step)
+        await when_there_is_room(lambda: self._lines.keep_until(step), "metrics.jsonl")
 
     async def phase(self, phase: str, detail: str = "") -> None:
         log.info("phase", phase=phase, detail=detail)
@@ -117,8 +116,8 @@ class Reporter:
         if lines:
             title = f"{self._job.job}: mean reward by train step"
             picture = self._run_dir / "reward.png"
-            await asyncio.to_thread(draw_reward, picture, title, lines, progress.evaluations)
-        write_json(self._run_dir / "summary.json", summary)
+            await when_there_is_room(lambda: draw_reward(picture, title, lines, progress.evaluations), "reward.png")
+        await when_there_is_room(lambda: write_json(self._run_dir / "summary.json", summary), "summary.json")
         await self._publish({"type": "summary", "summary": summary})
         await self.phase("done")
         return summary

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import sys
+from typing import TextIO, cast
 
 import structlog
 
 from longshore.errors import ConfigError
+
+
+class _Unfailing(io.TextIOBase):
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+def unfailing(stream: TextIO) -> TextIO:
+    """A stream for a log: on a full disk its lines are lost, and whoever writes them goes on."""
+    return cast("TextIO", _Unfailing(stream))
 
 
 def configure_logging(service: str, name: str, level: str) -> None:
@@ -30,7 +52,7 @@ def configure_logging(service: str, name: str, level: str) -> None:
             structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(unfailing(sys.stderr)),
         cache_logger_on_first_use=True,
     )
     # Libraries that use the standard module are heard from warnings on.

@@ -3,9 +3,11 @@
 import errno
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from longshore.errors import Unavailable
-from longshore.learner import disk
+from longshore.learner import checkpoint, disk
 from longshore.learner.batch_log import BatchLog, BatchRecord
 from longshore.learner.durable_lines import append_line, read_lines
 from longshore.learner.issue_log import IssueLog, IssueRecord
@@ -54,6 +56,26 @@ def test_a_line_for_which_there_is_no_room_leaves_nothing(tmp_path, monkeypatch)
             append_line(path, {"n": 2})
     append_line(path, {"n": 3})
     assert read_lines(path) == [{"n": 1}, {"n": 3}]
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("Error while serializing: I/O error: No space left on device (os error 28)", errno.ENOSPC),
+        ('Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "" })', errno.ENOSPC),
+        ("Error while serializing: I/O error: Input/output error (os error 5)", errno.EIO),
+    ],
+)
+def test_a_full_disk_under_a_checkpoint_is_told_as_one(tmp_path, monkeypatch, said, code):
+    def full(tensors, path):
+        raise SafetensorError(said)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    snapshot = checkpoint.Snapshot(3, {}, {}, torch.get_rng_state(), {}, {})
+    with pytest.raises(OSError) as caught:
+        checkpoint.write_checkpoint(tmp_path, snapshot)
+    assert caught.value.errno == code
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_a_full_disk_is_waited_for(monkeypatch):
