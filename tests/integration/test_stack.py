@@ -108,6 +108,13 @@ def test_stacks_one_after_another_each_ended_in_its_own_way(here: Here) -> None:
     assert "$(cat .longshore/api.key)" in detached.stdout
     assert json.loads(urllib.request.urlopen(f"{up_file['url']}/healthz", timeout=10).read())["status"] == "serving"
     assert here.call("jobs").returncode == 0
+    # The gateway knows what is installed and which files there are: nothing that is wrong waits for the next try.
+    job = "name: A B\ntasks: {source: jsonl, path: none.jsonl}\nverifier: {name: nope}\ntrain: {steps: 0}\n"
+    (here.folder / "bad.yaml").write_text(job)
+    refused = here.call("submit", "bad.yaml")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    paths = {line.removeprefix("longshore: ").split(": ")[0] for line in refused.stderr.splitlines()}
+    assert paths == {"name", "train.steps", "verifier.name", "tasks.path"}
 
     second = here.call("up")
     assert second.returncode == 1
