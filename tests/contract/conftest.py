@@ -25,6 +25,7 @@ class WeightsBench:
             probe.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
         self.folder = folder / "store"
+        self.store_url = str(self.folder)
         self.job = JobRef("default", "job-1")
         self.key = SigningKey.generate()
         self.assets = {"config.json": b'{"hidden_size": 8}', "tokenizer.json": b"{}" * 100}
@@ -47,7 +48,7 @@ class WeightsBench:
 
     async def start(self) -> None:
         self._stop = asyncio.Event()
-        settings = WeightsSettings(listen=self.address, store_url=str(self.folder), drain_s=2.0)
+        settings = WeightsSettings(listen=self.address, store_url=self.store_url, drain_s=2.0)
         self._serving = asyncio.create_task(serve(settings, self._stop))
 
     async def stop(self) -> None:

@@ -17,7 +17,7 @@ from longshore.weight_store.layout import VersionKey
 from longshore.weight_store.objects import Objects, open_objects
 from longshore.weight_store.payload import Tensor
 from longshore.weight_store.store import POLICY, WeightStore
-from longshore.weight_store.version import VersionDraft, sign_pointer
+from longshore.weight_store.version import VersionDraft, sign_manifest, sign_pointer
 from longshore.weights.parcel import Parcel, pack
 
 JOB = JobRef("p", "j")
@@ -112,6 +112,15 @@ def delta_parcel(
     """A version as a delta."""
     packed = full_parcel(version, tensors, serial=serial, epoch=epoch, key=key)
     return _with(packed, delta.encode(base_tensors, tensors), DELTA, base, merged)
+
+
+def of_weight_set(packed: Parcel, weight_set: weights_pb2.WeightSet.ValueType, key: SigningKey = KEY) -> Parcel:
+    """The same version in another weight set; head names policies only, so it goes without."""
+    manifest = weights_pb2.Manifest.FromString(packed.header.manifest.manifest)
+    manifest.weight_set = weight_set
+    packed.header.manifest.CopyFrom(sign_manifest(key, manifest))
+    packed.header.ClearField("head")
+    return packed
 
 
 def _with(packed: Parcel, data: bytes, codec: str, base: int | None = None, merged: bool = False) -> Parcel:
