@@ -34,7 +34,8 @@ POINTS = {
 class MortalStore:
     """A weights process of its own on the bench's address and folder."""
 
-    def __init__(self, bench, folder: Path) -> None:
+    def __init__(self, bench, folder: Path, *options: str) -> None:
+        self._options = options
         self.order = folder / "order"
         self._log = folder / "weights.log"
         self._env = {
@@ -48,7 +49,7 @@ class MortalStore:
     def start(self) -> None:
         self.order.unlink(missing_ok=True)
         with self._log.open("ab") as log:
-            argv = [sys.executable, str(SERVER), str(self.order)]
+            argv = [sys.executable, str(SERVER), str(self.order), *self._options]
             self._process = subprocess.Popen(argv, env=self._env, stdout=log, stderr=log)
 
     async def accepting(self) -> None:

@@ -89,10 +89,11 @@ def full_parcel(
     serial: int | None = None,
     epoch: int = 1,
     key: SigningKey = KEY,
+    job: JobRef = JOB,
 ) -> Parcel:
     """A version as a full encoding."""
     draft = VersionDraft(version, version, epoch, None, (), 1.0)
-    packed = pack(JOB, key, draft, tensors, {"config.json": b"{}"}, version if serial is None else serial)
+    packed = pack(job, key, draft, tensors, {"config.json": b"{}"}, version if serial is None else serial)
     if codec == PLANES:
         return _with(packed, planes.encode(tensors), PLANES)
     return packed
@@ -108,9 +109,10 @@ def delta_parcel(
     serial: int | None = None,
     epoch: int = 1,
     key: SigningKey = KEY,
+    job: JobRef = JOB,
 ) -> Parcel:
     """A version as a delta."""
-    packed = full_parcel(version, tensors, serial=serial, epoch=epoch, key=key)
+    packed = full_parcel(version, tensors, serial=serial, epoch=epoch, key=key, job=job)
     return _with(packed, delta.encode(base_tensors, tensors), DELTA, base, merged)
 
 

@@ -63,6 +63,23 @@ def cheapest_path(
     return None
 
 
+def reachable(encodings: Mapping[int, Sequence[weights_pb2.Encoding]], codecs: Collection[str]) -> set[int]:
+    """The versions that someone who holds nothing can get to."""
+    onward: dict[int, list[int]] = {}
+    for version, items in encodings.items():
+        for item in items:
+            if item.codec in codecs:
+                onward.setdefault(item.base_version if item.HasField("base_version") else _NOTHING, []).append(version)
+    found: set[int] = set()
+    waiting = [_NOTHING]
+    while waiting:
+        for version in onward.get(waiting.pop(), ()):
+            if version not in found:
+                found.add(version)
+                waiting.append(version)
+    return found
+
+
 def path_bytes(steps: Sequence[Step]) -> int:
     """What fetching a path costs."""
     return sum(step.encoding.size for step in steps)

@@ -2,8 +2,8 @@
 
 Kept are the newest versions of each weight set, every version that a pointer names, and what those are made of: the
 full encodings and deltas by which a newcomer reaches each of them. Besides, the single deltas of the recent past, for
-receivers that are behind and for merging. Whatever belongs to no version, such as the leftovers of a publish that was
-cut off, goes after a grace time.
+receivers that are behind and for merging; their versions need not be within a newcomer's reach. Whatever belongs to no
+version, such as the leftovers of a publish that was cut off, goes after a grace time.
 """
 
 from __future__ import annotations

@@ -22,14 +22,14 @@ from longshore.weight_store import layout, payload, retention
 from longshore.weight_store.admission import Admission
 from longshore.weight_store.books import Books
 from longshore.weight_store.copies import Copies, HostCopy, total_bytes
-from longshore.weight_store.decoding import SAFETENSORS, check_encoding, decode
+from longshore.weight_store.decoding import CODECS, SAFETENSORS, check_encoding, decode
 from longshore.weight_store.host_copies import CopyKey, HostCopies
 from longshore.weight_store.hub import State
 from longshore.weight_store.keychain import find_key
 from longshore.weight_store.keys import JobKeys
 from longshore.weight_store.layout import VersionKey
 from longshore.weight_store.objects import Objects
-from longshore.weight_store.planner import Step, cheapest_path
+from longshore.weight_store.planner import Step, cheapest_path, reachable
 from longshore.weight_store.pointers import POLICY, Pointers
 from longshore.weight_store.records import Records
 from longshore.weight_store.version import HEAD, PointerState, open_manifest, parse_manifest, tensor_infos
@@ -212,10 +212,14 @@ class WeightStore:
         return cheapest_path(encodings, have, key.version, {SAFETENSORS, *codecs})
 
     def versions(self, job: JobRef, weight_set: int, before: int | None, limit: int) -> list[int]:
-        """Numbers on hand below `before`, newest first."""
+        """Numbers on hand below `before`, newest first: of versions that a newcomer can get."""
         layout.versions_prefix(job, weight_set)
-        numbers = self._books.catalog(job).numbers(weight_set)
+        numbers = sorted(reachable(self._books.catalog(job).encodings(weight_set), CODECS), reverse=True)
         return [number for number in numbers if before is None or number < before][:limit]
+
+    def newest(self, job: JobRef, weight_set: int) -> int | None:
+        """The highest number that was published, whether it can be reached or not."""
+        return next(iter(self._books.catalog(job).numbers(weight_set)), None)
 
     def has(self, job: JobRef, key: VersionKey) -> bool:
         """Whether a version is on hand."""

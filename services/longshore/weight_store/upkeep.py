@@ -87,10 +87,10 @@ class Upkeep:
 
     def work(self, job: JobRef, weight_set: int) -> None:
         """Makes what the newest version of a weight set lacks. What fails is counted, logged, and tried again later."""
-        newest = self._store.versions(job, weight_set, None, 1)
-        if not newest:
+        newest = self._store.newest(job, weight_set)
+        if newest is None:
             return
-        key = VersionKey(weight_set, newest[0])
+        key = VersionKey(weight_set, newest)
         with self._counted(job, "full"):
             self._anchor(job, key)
         for stride in STRIDES:

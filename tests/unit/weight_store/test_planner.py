@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from longshore.proto.v1 import weights_pb2
 from longshore.weight_store.decoding import CODECS, DELTA, PLANES, SAFETENSORS
-from longshore.weight_store.planner import Step, cheapest_path, path_bytes, path_kind
+from longshore.weight_store.planner import Step, cheapest_path, path_bytes, path_kind, reachable
 
 FULL, SINGLE, MERGED = (
     weights_pb2.ENCODING_KIND_FULL,
@@ -90,6 +90,14 @@ def test_the_path_is_the_cheapest_there_is(world) -> None:
         assert base == position or (number == 0 and base in have)
         position = step.version
     assert not steps or position == want
+
+
+@settings(max_examples=100, deadline=None)
+@given(worlds())
+def test_what_is_within_reach_has_a_path_from_nothing(world) -> None:
+    encodings, _, _, codecs = world
+    expected = {version for version in range(8) if cheapest_path(encodings, (), version, codecs) is not None}
+    assert reachable(encodings, codecs) == expected
 
 
 def test_a_merged_delta_is_taken_where_it_is_smaller_than_the_singles() -> None:
