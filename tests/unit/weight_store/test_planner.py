@@ -31,19 +31,20 @@ def encoding(size: int, base: int | None = None, codec: str | None = None, kind:
 
 @st.composite
 def worlds(draw):
-    versions = draw(st.lists(st.integers(0, 7), unique=True, min_size=1, max_size=6))
-    encodings = {}
-    for version in versions:
-        items = draw(
-            st.lists(
-                st.tuples(st.integers(1, 20), st.none() | st.integers(0, 7), st.sampled_from([*CODECS, "other/1"])),
-                max_size=4,
-            )
-        )
-        encodings[version] = [encoding(size, base, codec) for size, base, codec in items]
-    have = draw(st.sets(st.integers(0, 7), max_size=3))
-    codecs = draw(st.sets(st.sampled_from(CODECS)))
-    return encodings, have, draw(st.integers(0, 7)), codecs
+    """Few versions with many encodings each, so that most have several ways that differ."""
+    count = draw(st.integers(1, 6))
+    bases = st.none() | st.integers(0, count)
+    codecs = st.sampled_from([*CODECS, *CODECS, "other/1"])
+    encodings = {
+        version: [
+            encoding(size, base, codec)
+            for size, base, codec in draw(st.lists(st.tuples(st.integers(1, 20), bases, codecs), max_size=6))
+        ]
+        for version in range(count)
+    }
+    have = draw(st.sets(st.integers(0, count), max_size=2))
+    known = draw(st.sampled_from([CODECS, CODECS, (SAFETENSORS, DELTA), ()]))
+    return encodings, have, draw(st.integers(0, count)), known
 
 
 def brute_force(encodings, have, want, codecs) -> tuple[int, int] | None:
@@ -72,7 +73,7 @@ def brute_force(encodings, have, want, codecs) -> tuple[int, int] | None:
     return min(costs, default=None)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(worlds())
 def test_the_path_is_the_cheapest_there_is(world) -> None:
     encodings, have, want, codecs = world
