@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.stragglers_load import Course, Load, Watch
 from benchmarks.stragglers_site import write_version
@@ -49,11 +49,16 @@ class _Tasks:
         return Task(str(ordinal), (Message("user", f"Task {ordinal}"),), environment="single-turn")
 
 
+def _policy() -> LlamaForCausalLM:
+    shape = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape))
+
+
 class _Trainer(Trainer):
     """A step takes its time and no processor; which rollouts it had, and how stale they were, is written down."""
 
     def __init__(self, spec: JobSpec, load: Load, course: Course) -> None:
-        super().__init__(torch.nn.Linear(4, 4), spec.train)
+        super().__init__(_policy(), spec.train)
         self._load = load
         self._course = course
 
@@ -75,7 +80,7 @@ class _Publisher(Publisher):
         self._watch = watch
         self._taken = 0
 
-    async def publish(self, policy: torch.nn.Module, version: int, lineage: Lineage) -> int:
+    async def publish(self, policy: LlamaForCausalLM, version: int, lineage: Lineage) -> int:
         write_version(self._file, version)
         self._watch.consume(self._batch)
         self._taken = version

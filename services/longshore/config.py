@@ -108,6 +108,18 @@ class WarmStartSpec(Spec):
     wrong_fraction: float = Field(0.65, ge=0, le=1, description="share of wrong answers in the steps after that")
 
 
+class ComputeSpec(Spec):
+    """What the learner computes with; see docs/learner.md."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the forward and backward pass; master weights, optimizer and log-probs are float32"
+    )
+    pack_tokens: int = Field(
+        4096, ge=16, le=2**24, description="tokens computed at a time: bounds memory, not what is learned"
+    )
+
+
 class TrainSpec(Spec):
     """The learner's loop. A batch is `groups_per_step * group_size` rollouts."""
 
@@ -134,6 +146,7 @@ class TrainSpec(Spec):
         description="issued - consumed <= (this + 1) * batch; 0 is on-policy",
     )
     checkpoint_every: int = Field(25, ge=1, description="train steps between durable checkpoints")
+    compute: ComputeSpec = ComputeSpec()
 
     @model_validator(mode="after")
     def _credit_fits(self) -> TrainSpec:

@@ -1,62 +1,62 @@
-"""From the sequences of one train step to the tensors that a forward pass takes.
-
-Right padding needs no attention mask under causal attention: nothing real looks at it.
-"""
+"""From the sequences of one train step to packs: what a forward pass takes at a time."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from longshore.learner.sequences import TrainSequence
-from longshore.learner.streams import TokenStreams, streams_of
+from longshore.learner.streams import TokenStreams, sampled_columns, streams_of
+from longshore.learner.token_tree import TokenTree, plant
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences padded to one length, and the sampled tokens among them in reading order.
+    """Sequences laid out in one pack, and the sampled tokens among them in reading order.
 
-    `rows`/`columns` point at the position *before* each sampled token: the one whose logits predicted it.
+    `places` points at the place *before* each sampled token: the one whose logits predicted it. Where sequences part,
+    one place predicts several tokens.
     """
 
-    # [B, T]
-    input_ids: Tensor
+    tree: TokenTree
     # [N] each
-    rows: Tensor
-    columns: Tensor
+    places: Tensor
     targets: Tensor
     streams: TokenStreams
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same with its tensors on a device; the tree stays where it is."""
+        streams = TokenStreams(**{name: value.to(device) for name, value in vars(self.streams).items()})
+        return dataclasses.replace(
+            self, places=self.places.to(device), targets=self.targets.to(device), streams=streams
+        )
+
 
 def micro_batches(sequences: Sequence[TrainSequence], max_tokens: int) -> Iterator[MicroBatch]:
-    """Packs sequences of similar length together, at most `max_tokens` padded tokens each (a longer one alone).
+    """Packs sequences together, at most `max_tokens` places each (a longer sequence alone), without padding.
 
-    The order is a function of the sequences alone, so a replayed step adds up its gradients in the same order.
+    The order is a function of the sequences alone, so a replayed step adds up its gradients in the same order. A
+    sequence without a sampled token is left out, and so is what stands behind the last one.
     """
-    ordered = sorted(enumerate(sequences), key=lambda pair: len(pair[1].token_ids))
-    start = 0
-    while start < len(ordered):
-        end = start + 1
-        while end < len(ordered) and (end - start + 1) * len(ordered[end][1].token_ids) <= max_tokens:
-            end += 1
-        yield _collate(ordered[start:end])
-        start = end
+    numbered = [(number, one) for number, one in enumerate(sequences) if sampled_columns(one).size]
+    # The last sampled token itself is predicted, and predicts nothing.
+    needed = [one.token_ids[: int(sampled_columns(one)[-1])] for _, one in numbered]
+    for tree in plant(needed, max_tokens):
+        yield _collate(tree, [numbered[member] for member in tree.members])
 
 
-def _collate(numbered: Sequence[tuple[int, TrainSequence]]) -> MicroBatch:
-    longest = max(len(sequence.token_ids) for _, sequence in numbered)
-    input_ids = torch.zeros((len(numbered), longest), dtype=torch.long)
-    places: list[tuple[int, int, int]] = []
-    for row, (_, sequence) in enumerate(numbered):
-        input_ids[row, : len(sequence.token_ids)] = torch.tensor(sequence.token_ids)
-        # The first token of a sequence has nothing before it to be predicted from.
-        places += [
-            (row, column - 1, sequence.token_ids[column])
-            for column in range(1, len(sequence.token_ids))
-            if sequence.sampled[column]
-        ]
-    rows, columns, targets = torch.tensor(places, dtype=torch.long).reshape(-1, 3).unbind(1)
-    return MicroBatch(input_ids, rows, columns, targets, streams_of(numbered))
+def _collate(tree: TokenTree, numbered: Sequence[tuple[int, TrainSequence]]) -> MicroBatch:
+    columns = [sampled_columns(sequence) for _, sequence in numbered]
+    before = [places[at - 1] for places, at in zip(tree.places, columns, strict=True)]
+    targets = [np.asarray(sequence.token_ids)[at] for (_, sequence), at in zip(numbered, columns, strict=True)]
+    return MicroBatch(
+        tree=tree,
+        places=torch.from_numpy(np.concatenate(before)),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        streams=streams_of(numbered),
+    )

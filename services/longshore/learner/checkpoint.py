@@ -50,14 +50,14 @@ def take_snapshot(trainer: Trainer, step: int, state: dict[str, object]) -> Snap
     """Copies the trainer's tensors. `state` must be JSON-compatible and is kept as it is."""
     names = {parameter: name for name, parameter in trainer.named_parameters()}
     optimizer = {
-        f"{names[parameter]}|{key}": value.detach().clone()
+        f"{names[parameter]}|{key}": value.detach().to("cpu", copy=True)
         for parameter, slots in trainer.optimizer.state.items()
         for key, value in slots.items()
         if isinstance(value, Tensor)
     }
-    policy = {name: parameter.detach().clone() for name, parameter in trainer.named_parameters()}
+    policy = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainer.named_parameters()}
     frozen = {
-        f"{which}|{name}": value.clone()
+        f"{which}|{name}": value.to("cpu", copy=True)
         for which, weights in trainer.frozen.weights.items()
         for name, value in weights.items()
     }
@@ -70,7 +70,7 @@ def restore_snapshot(trainer: Trainer, snapshot: Snapshot) -> None:
         for name, parameter in trainer.named_parameters():
             parameter.copy_(snapshot.policy[name])
             slots = {
-                key.rpartition("|")[2]: value.clone()
+                key.rpartition("|")[2]: value.to(parameter.device, copy=True)
                 for key, value in snapshot.optimizer.items()
                 if key.rpartition("|")[0] == name
             }

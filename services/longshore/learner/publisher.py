@@ -131,7 +131,7 @@ class Publisher:
         dtype = _DTYPES[self._dtype]
         rounded = {name: parameter.detach().to(dtype) for name, parameter in policy.named_parameters()}
         tensors = [
-            Tensor(name, self._dtype, tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes())
+            Tensor(name, self._dtype, tuple(value.shape), value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             for name, value in rounded.items()
         ]
         # The canary is computed with the weights as published, so that rounding is not taken for a fault.

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from longshore.learner.sequences import TrainSequence
@@ -39,29 +41,34 @@ class TokenStreams:
         return TokenStreams(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
+def sampled_columns(sequence: TrainSequence) -> NDArray[np.int64]:
+    """Where in a sequence its sampled tokens stand, the first token left out."""
+    columns = np.flatnonzero(np.asarray(sequence.sampled, dtype=bool))
+    return columns[columns > 0]
+
+
 def streams_of(numbered: Iterable[tuple[int, TrainSequence]]) -> TokenStreams:
     """The streams of sequences in the given order, each with its number in the batch."""
-    floats: list[tuple[float, float, float, float, float]] = []
-    integers: list[tuple[int, int, int, int, int]] = []
-    for number, sequence in numbered:
-        for at in range(1, len(sequence.token_ids)):
-            if sequence.sampled[at]:
-                floats.append(
-                    (
-                        sequence.behaviour[at],
-                        sequence.temperature[at],
-                        sequence.advantages[at],
-                        sequence.weights[at],
-                        sequence.rewards[at],
-                    )
-                )
-                integers.append((sequence.versions[at], number, sequence.group, sequence.rollout, sequence.turns[at]))
-    behaviour, temperature, advantages, weights, rewards = (
-        torch.tensor(floats, dtype=torch.float32).reshape(-1, 5).t().contiguous()
-    )
-    versions, sequences, groups, rollouts, turns = (
-        torch.tensor(integers, dtype=torch.long).reshape(-1, 5).t().contiguous()
-    )
+    pairs = list(numbered)
+    columns = [sampled_columns(sequence) for _, sequence in pairs]
+
+    def stream(values: Iterable[Sequence[float]], dtype: torch.dtype) -> Tensor:
+        parts = [np.asarray(value)[at] for value, at in zip(values, columns, strict=True)]
+        return torch.from_numpy(np.concatenate(parts)).to(dtype) if parts else torch.empty(0, dtype=dtype)
+
+    def repeated(values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values)).long().repeat_interleave(torch.tensor([at.size for at in columns]).long())
+
+    sequences = [sequence for _, sequence in pairs]
     return TokenStreams(
-        behaviour, temperature, versions, advantages, weights, rewards, sequences, groups, rollouts, turns
+        behaviour=stream((one.behaviour for one in sequences), torch.float32),
+        temperature=stream((one.temperature for one in sequences), torch.float32),
+        versions=stream((one.versions for one in sequences), torch.long),
+        advantages=stream((one.advantages for one in sequences), torch.float32),
+        weights=stream((one.weights for one in sequences), torch.float32),
+        rewards=stream((one.rewards for one in sequences), torch.float32),
+        sequences=repeated(number for number, _ in pairs),
+        groups=repeated(one.group for one in sequences),
+        rollouts=repeated(one.rollout for one in sequences),
+        turns=stream((one.turns for one in sequences), torch.long),
     )

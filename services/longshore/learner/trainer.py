@@ -15,11 +15,11 @@ from longshore.learner.batch import MicroBatch, micro_batches
 from longshore.learner.batch_loss import BatchLoss, Others, Scores
 from longshore.learner.frozen import FrozenPolicies
 from longshore.learner.objectives.registry import build_objective
+from longshore.learner.policy_compute import PolicyCompute
 from longshore.learner.sequences import TrainSequence
 from longshore.learner.value_head import new_value_head, values_of
 
-# Padded tokens of one forward pass: bounds memory, not what is learned.
-MICRO_BATCH_TOKENS = 16_384
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Trainer:
@@ -38,11 +38,20 @@ class Trainer:
         self.spec = spec
         self._reply_limit = reply_limit
         self.objective = build_objective(spec.objective)
+        self.compute = PolicyCompute(
+            policy,
+            device=spec.compute.device,
+            dtype=_DTYPES[spec.compute.dtype],
+            pack_tokens=spec.compute.pack_tokens,
+            compiled=spec.compute.device == "cuda",
+        )
         self.frozen = FrozenPolicies(has_reference=spec.kl is not None, anchor_every=self.objective.anchor_every)
-        self.value_head = new_value_head(policy.config.hidden_size) if isinstance(spec.credit, Gae) else None
+        self.value_head = None
+        if isinstance(spec.credit, Gae):
+            self.value_head = new_value_head(policy.config.hidden_size).to(self.compute.device)
         self._parameters = [parameter for _, parameter in self.named_parameters()]
         self.optimizer = torch.optim.AdamW(
-            self._parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay, betas=(0.9, 0.95)
+            self._parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay, betas=(0.9, 0.95), fused=True
         )
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -71,10 +80,11 @@ class Trainer:
         rate = self.learning_rate(number)
         if loss.num_tokens == 0:
             return self._metrics(loss, 0.0, rate)
-        self.policy.train()
         self.optimizer.zero_grad(set_to_none=True)
-        micros = list(micro_batches(sequences, MICRO_BATCH_TOKENS))
+        device = self.compute.device
+        micros = [micro.to(device) for micro in micro_batches(sequences, self.compute.pack_tokens)]
         others = self._others(number, micros)
+        self.compute.refresh()
         if loss.wants_preview and len(micros) > 1:
             with torch.no_grad():
                 loss.preview([(micro.streams, self._scores(micro)) for micro in micros])
@@ -93,8 +103,9 @@ class Trainer:
         return self._metrics(loss, float(norm), rate)
 
     def _scores(self, micro: MicroBatch) -> Scores:
-        scores, hidden = token_scores(self.policy, micro)
-        return scores if self.value_head is None else replace(scores, values=values_of(self.value_head, hidden))
+        told = self.compute.scores(micro)
+        scores = Scores(told.logp, told.entropy, told.collision)
+        return scores if self.value_head is None else replace(scores, values=values_of(self.value_head, told.hidden))
 
     def _others(self, number: int, micros: Sequence[MicroBatch]) -> list[Others]:
         """Log-probs under the reference and under the anchor, where the job has them."""
@@ -102,7 +113,8 @@ class Trainer:
         found: dict[str, list[Tensor]] = {}
         for name in self.frozen.names:
             with self.frozen.lent_to(self.policy, name), torch.no_grad():
-                found[name] = [token_scores(self.policy, micro)[0].logp for micro in micros]
+                self.compute.refresh()
+                found[name] = [self.compute.scores(micro).logp for micro in micros]
         return [Others(**{name: values[place] for name, values in found.items()}) for place in range(len(micros))]
 
     def _metrics(self, loss: BatchLoss, norm: float, rate: float) -> dict[str, float]:
@@ -114,26 +126,10 @@ class Trainer:
         }
 
 
-def token_scores(policy: torch.nn.Module, micro: MicroBatch) -> tuple[Scores, Tensor]:
-    """Log-probs of the sampled tokens under `policy` at the temperature they were drawn with, and what else is told of
-    them; and the [N, E] hidden states that predicted them.
-
-    Logits are made only where a sampled token was predicted, in float32.
-    """
-    hidden = policy.model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
-    chosen = hidden[micro.rows, micro.columns]
-    logits = policy.lm_head(chosen).float() / micro.streams.temperature[:, None]
-    log_probs = functional.log_softmax(logits, dim=-1)
-    with torch.no_grad():
-        probs = log_probs.exp()
-        entropy, collision = -(probs * log_probs).sum(-1), probs.square().sum(-1)
-    return Scores(log_probs.gather(1, micro.targets[:, None]).squeeze(1), entropy, collision), chosen
-
-
 def canary_logprobs(policy: torch.nn.Module, token_ids: Sequence[int]) -> list[float]:
     """[len - 1] log-probs of each token after the first, given those before it, at temperature 1."""
     policy.eval()
-    ids = torch.tensor([list(token_ids)])
+    ids = torch.tensor([list(token_ids)], device=next(policy.parameters()).device)
     with torch.no_grad():
         log_probs = functional.log_softmax(policy(input_ids=ids).logits[0, :-1].float(), dim=-1)
         return [float(value) for value in log_probs.gather(1, ids[0, 1:, None]).squeeze(1)]

@@ -60,10 +60,11 @@ def warm_start(
     """
     optimizer = torch.optim.AdamW(policy.parameters(), lr=spec.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / spec.steps, step))
+    device = next(policy.parameters()).device
     policy.train()
     for step in range(1, spec.steps + 1):
         input_ids, labels = _collate([next(examples) for _ in range(spec.batch_size)])
-        loss = policy(input_ids=input_ids, labels=labels).loss
+        loss = policy(input_ids=input_ids.to(device), labels=labels.to(device)).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

@@ -55,9 +55,9 @@ def test_a_segment_that_extends_another_carries_the_prefix_without_loss():
 
 def test_micro_batch_points_at_the_position_before_each_sampled_token():
     (micro,) = micro_batches(sequences_of(rollout(0, 0), Credit([0.5, 0.25], [0.0, 1.0]), 3, 1), max_tokens=100)
-    assert micro.input_ids.tolist() == [[5, 6, 7, 1]]
-    assert micro.rows.tolist() == [0, 0]
-    assert micro.columns.tolist() == [1, 2]
+    # The last token is predicted, and predicts nothing.
+    assert micro.tree.token_ids.tolist() == [5, 6, 7]
+    assert micro.places.tolist() == [1, 2]
     assert micro.targets.tolist() == [7, 1]
     streams = micro.streams
     assert streams.behaviour.tolist() == [-0.5, -0.25]
@@ -95,6 +95,6 @@ def test_micro_batches_hold_every_token_once_within_the_budget():
     batches = list(micro_batches(sequences, max_tokens=24))
     assert sum(batch.targets.numel() for batch in batches) == sum(sum(item.sampled) for item in sequences)
     for batch in batches:
-        assert batch.input_ids.numel() <= 24 or batch.input_ids.shape[0] == 1
+        assert batch.tree.size <= 24 or len(batch.tree.members) == 1
         assert [lengths[number] for number in batch.streams.sequences.tolist()] == batch.streams.advantages.tolist()
     assert sorted(torch.cat([batch.streams.advantages for batch in batches]).unique().tolist()) == [2, 3, 4, 7, 9, 30]

@@ -12,7 +12,7 @@ from longshore.learner.batch_log import BatchLog, BatchRecord
 from longshore.learner.checkpoint import load_newest, restore_snapshot, take_snapshot, write_checkpoint
 from longshore.learner.model import _new_model, character_tokenizer
 from longshore.learner.sequences import Credit, sequences_of
-from longshore.learner.trainer import Trainer, canary_logprobs, token_scores
+from longshore.learner.trainer import Trainer, canary_logprobs
 
 SPEC = TrainSpec(steps=10, learning_rate=1e-3)
 MODEL = NewModel(hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=64, max_context=32)
@@ -124,11 +124,11 @@ def test_a_batch_without_signal_changes_nothing(tokenizer):
 def test_log_probs_are_at_the_temperature_of_the_sample(tokenizer):
     trainer = new_trainer(tokenizer)
     (micro,) = micro_batches(batch()[:1], 1000)
-    plain = token_scores(trainer.policy, micro)[0].logp
+    plain = trainer.compute.scores(micro).logp
     logits = trainer.policy(torch.tensor([[5, 6, 9, 7, 8, 1]])).logits[0]
     assert torch.allclose(plain, torch.log_softmax(logits, -1)[[2, 3, 4], [7, 8, 1]], atol=1e-6)
     micro.streams.temperature.fill_(2.0)
-    cooled = token_scores(trainer.policy, micro)[0].logp
+    cooled = trainer.compute.scores(micro).logp
     assert torch.allclose(cooled, torch.log_softmax(logits / 2, -1)[[2, 3, 4], [7, 8, 1]], atol=1e-6)
 
 
