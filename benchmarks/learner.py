@@ -8,6 +8,9 @@ completions of lognormal length (sigma 1, mean 256). What is compared and what t
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import Report, parser, run
 from benchmarks.learner_load import MODELS
+from benchmarks.learner_turns import Course, Side
+
+SPEED_GOAL = 2.0
 
 
 async def measure(report: Report, args: argparse.Namespace) -> None:
@@ -31,6 +37,58 @@ async def measure(report: Report, args: argparse.Namespace) -> None:
         learner_cuda.measure(
             report, args.model, quick=args.quick, seconds=args.seconds, device="cuda", kernels=args.kernels
         )
+        return
+    for course, rounds in _courses(args):
+        _compare(report, course, rounds)
+
+
+def _courses(args: argparse.Namespace) -> list[tuple[Course, int]]:
+    """What is trained on a CPU, and how many steps are timed."""
+    threads = len(os.sched_getaffinity(0))
+    if args.quick:
+        return [(Course(args.model or "small", 1, threads=threads), 3)]
+    names = [args.model] if args.model else ["small", "smollm2"]
+    return [(Course(name, 4 if name == "small" else 1, threads=threads), 7 if name == "small" else 3) for name in names]
+
+
+def _compare(report: Report, course: Course, rounds: int) -> None:
+    load, name = course.load, course.model
+    padded = 8 * course.groups * (256 + max(len(one) for group in load.completions for one in group))
+    report.note(f"{name}: {load.trained} sampled tokens, {load.with_prompts} with prompts, {padded} when padded")
+    if importlib.util.find_spec("trl") is None:
+        with Side("longshore", course) as ours:
+            _rounds([ours], rounds)
+        report.skip(f"{name}: against TRL", "TRL is not installed: pip install --group bench", goal=f">= {SPEED_GOAL}")
+        report.add(f"{name}: trained tokens", load.trained / statistics.median(ours.times), "/s")
+        return
+    with Side("longshore", course) as ours, Side("trl", course) as theirs:
+        _rounds([ours, theirs], rounds)
+    # Neighbours in time have the same company on the machine.
+    ratios = [other / own for own, other in zip(ours.times, theirs.times, strict=True)]
+    rate, other = (load.trained / statistics.median(side.times) for side in (ours, theirs))
+    spread = f"TRL's GRPOTrainer, {other:,.0f}/s; {rounds} pairs of steps, ratios {min(ratios):.2f}-{max(ratios):.2f}"
+    report.add(f"{name}: trained tokens", rate, "/s")
+    report.add(f"{name}: against TRL", statistics.median(ratios), "x", against=spread, at_least=SPEED_GOAL)
+    memory = f"TRL {_mib(theirs.peak)}, of which {_mib(theirs.before)} before the first step"
+    report.add(f"{name}: peak memory", ours.peak / 2**20, "MiB", against=memory)
+    report.add(
+        f"{name}: memory of a step", (ours.peak - ours.before) / (theirs.peak - theirs.before), "x", against="TRL's"
+    )
+
+
+def _rounds(sides: Sequence[Side], rounds: int) -> None:
+    for side in sides:
+        # The first step makes the optimizer's state.
+        side.step()
+    for side in sides:
+        side.times.clear()
+    for _ in range(rounds):
+        for side in sides:
+            side.step()
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
