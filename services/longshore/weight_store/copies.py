@@ -7,6 +7,7 @@ that did not change. Used by the store (keys are job and version), and by a clie
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Copies(Generic[K]):
         self._lock = threading.Lock()
         # The most recently used last.
         self._copies: dict[K, HostCopy] = {}
+        self._used_at: dict[K, float] = {}
         self._tensors: dict[TensorInfo, Tensor] = {}
         self._users: Counter[TensorInfo] = Counter()
         self._num_bytes = 0
@@ -62,6 +64,7 @@ class Copies(Generic[K]):
             copy = self._copies.pop(key, None)
             if copy is not None:
                 self._copies[key] = copy
+                self._used_at[key] = time.monotonic()
             return copy
 
     def put(self, key: K, copy: HostCopy) -> None:
@@ -75,6 +78,7 @@ class Copies(Generic[K]):
                     self._tensors[info] = tensor
                     self._num_bytes += info.num_bytes
                 self._users[info] += 1
+            self._used_at[key] = time.monotonic()
             self._copies[key] = HostCopy(copy.infos, tuple(self._tensors[info] for info in copy.infos))
             while len(self._copies) > self._limit or self._num_bytes > self.max_bytes:
                 self._discard(next(iter(self._copies)))
@@ -84,6 +88,12 @@ class Copies(Generic[K]):
         with self._lock:
             self._discard(key)
 
+    def discard_unused(self, since: float) -> None:
+        """Lets the copies go that were last put or got before `since` (by time.monotonic)."""
+        with self._lock:
+            for key in [key for key, used_at in self._used_at.items() if used_at < since]:
+                self._discard(key)
+
     def keys(self) -> list[K]:
         """The keys of what is held, the least recently used first."""
         with self._lock:
@@ -91,6 +101,7 @@ class Copies(Generic[K]):
 
     def _discard(self, key: K) -> None:
         copy = self._copies.pop(key, None)
+        self._used_at.pop(key, None)
         for info in copy.infos if copy else ():
             self._users[info] -= 1
             if not self._users[info]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import time
 from collections.abc import Sequence
 
 import structlog
@@ -48,6 +49,11 @@ class HostCopies:
 
     def discard(self, job: JobRef, key: VersionKey) -> None:
         self._copies.discard((job, key))
+        metrics.HOST_COPY_BYTES.set(self._copies.num_bytes)
+
+    def discard_unused(self, idle_s: float) -> None:
+        """Lets the copies go that nothing was decoded against for so long: their job may have ended."""
+        self._copies.discard_unused(time.monotonic() - idle_s)
         metrics.HOST_COPY_BYTES.set(self._copies.num_bytes)
 
     def held(self, job: JobRef, weight_set: int) -> set[int]:

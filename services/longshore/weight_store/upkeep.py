@@ -40,6 +40,8 @@ _COPIES_TO_MERGE = 3
 _ANCHOR_SHARE = 0.5
 _NICENESS = 10
 _WAIT_S = 60.0
+# Longer than a train step takes. After it a copy is decoded again from what is stored.
+_COPY_IDLE_S = 6 * 3600.0
 
 _NAMES: dict[int, str] = {
     weights_pb2.ENCODING_KIND_FULL: "full",
@@ -106,6 +108,7 @@ class Upkeep:
                     del self._waiting[work]
                     return work
                 self._changed.wait(_WAIT_S)
+                self._store.copies.discard_unused(_COPY_IDLE_S)
             return None
 
     def _sweep(self) -> None:

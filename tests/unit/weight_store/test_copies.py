@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 from longshore.weight_store.copies import Copies, HostCopy
 from longshore.weight_store.payload import Tensor, tensor_info
@@ -39,6 +40,16 @@ def test_tensors_that_copies_have_in_common_are_held_and_counted_once() -> None:
     copies.discard(2)
     copies.discard(2)
     assert (copies.num_bytes, copies.keys()) == (0, [])
+
+
+def test_what_was_not_used_for_long_is_let_go() -> None:
+    copies: Copies[int] = Copies(limit=9, max_bytes=10_000)
+    copies.put(1, copy(1))
+    copies.put(2, copy(2))
+    between = time.monotonic()
+    assert copies.get(1) == copy(1)
+    copies.discard_unused(between)
+    assert (copies.keys(), copies.num_bytes) == ([1], 100)
 
 
 def test_bytes_are_bounded_and_what_alone_is_too_large_is_not_held() -> None:
