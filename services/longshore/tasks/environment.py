@@ -25,7 +25,8 @@ class Observation:
 
     messages: list[Message]
     done: bool
-    # JSON-compatible, at most 64 KiB; the verifier gets one of these a turn.
+    # JSON-compatible, at most 64 KiB; the verifier gets one of these a turn. A text under "state" names the state that
+    # the environment is in now: the advantage `gigpo` compares turns that were taken in the same state.
     info: dict[str, object] = field(default_factory=dict)
 
 
