@@ -1,5 +1,6 @@
 """Objectives against values worked out by hand, on-policy, and where numbers are extreme."""
 
+import dataclasses
 import math
 
 import pytest
@@ -41,7 +42,7 @@ def run(spec, tokens):
     """Losses, masks and gradients with respect to the log-probs."""
     objective = build_objective(spec)
     if objective.keep is not None:
-        tokens = TokenBatch(**{**vars(tokens), "keep": objective.keep(tokens)})
+        tokens = dataclasses.replace(tokens, keep=objective.keep(tokens))
     result = objective.loss(tokens)
     (gradient,) = torch.autograd.grad(result.loss.sum(), tokens.logp)
     return result.loss.tolist(), result.masked.tolist(), gradient.tolist()

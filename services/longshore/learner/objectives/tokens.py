@@ -15,6 +15,7 @@ advantage, sg(.) stops the gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,8 +64,12 @@ class TokenBatch:
         return self.sums(torch.ones_like(self.behaviour))
 
     def _per_sequence(self, values: Tensor) -> Tensor:
-        count = int(self.sequences.max()) + 1 if self.sequences.numel() else 0
-        return values.new_zeros(count).index_add(0, self.sequences, values)
+        return values.new_zeros(self._count).index_add(0, self.sequences, values)
+
+    @cached_property
+    def _count(self) -> int:
+        # Kept: on a GPU it has to be waited for.
+        return int(self.sequences.max()) + 1 if self.sequences.numel() else 0
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def ratio_of(log_ratio: Tensor) -> Tensor:
 
 
 def capped(log_ratio: Tensor, cap: float) -> Tensor:
-    """sg(min(exp(log_ratio), cap)), without a detour over infinity."""
+    """sg(min(exp(log_ratio), cap)); finite also where the exponential is not."""
     return log_ratio.detach().exp().clamp(max=cap)
 
 
