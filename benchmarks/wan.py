@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import random
 import selectors
 import signal
 import struct
@@ -50,14 +51,18 @@ class Link:
 
 
 @contextlib.contextmanager
-def link(round_trip_ms: float, mbit: float) -> Iterator[Link]:
-    """Makes both namespaces and carries their traffic until the end. Raises RuntimeError when that fails."""
+def link(round_trip_ms: float, mbit: float, loss: float = 0.0) -> Iterator[Link]:
+    """Makes both namespaces and carries their traffic until the end. Raises RuntimeError when that fails.
+
+    Args:
+        loss: share of packets that are dropped, each way.
+    """
     names = [f"ls-bench-{end}-{os.getpid()}" for end in ("home", "site")]
     carrier: subprocess.Popen[str] | None = None
     try:
         for name in names:
             subprocess.run(["ip", "netns", "add", name], check=True)
-        argv = [sys.executable, "-m", "benchmarks.wan", *names, str(round_trip_ms / 2000), str(mbit)]
+        argv = [sys.executable, "-m", "benchmarks.wan", *names, str(round_trip_ms / 2000), str(mbit), str(loss)]
         carrier = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
         assert carrier.stdout is not None
         if carrier.stdout.readline() != "up\n":
@@ -74,15 +79,17 @@ def link(round_trip_ms: float, mbit: float) -> Iterator[Link]:
 class _Lane:
     """Packets under way in one direction, in the order in which they leave the line."""
 
-    def __init__(self, delay_s: float, bytes_per_s: float) -> None:
-        self._delay_s, self._bytes_per_s = delay_s, bytes_per_s
+    def __init__(self, delay_s: float, bytes_per_s: float, loss: float) -> None:
+        self._delay_s, self._bytes_per_s, self._loss = delay_s, bytes_per_s, loss
         # A router's buffer: one bandwidth-delay product of the round trip, and 200 ms at least.
         self._longest_queue_s = max(0.2, 2 * delay_s)
         self._free_at = 0.0
         self._packets: collections.deque[tuple[float, bytes]] = collections.deque()
 
     def put(self, packet: bytes, now: float) -> None:
-        """Takes a packet, unless the line's queue is full."""
+        """Takes a packet, unless it is lost or the line's queue is full."""
+        if self._loss and random.random() < self._loss:
+            return
         begins = max(now, self._free_at)
         if begins - now <= self._longest_queue_s:
             self._free_at = begins + len(packet) / self._bytes_per_s
@@ -113,10 +120,10 @@ def _open_tun(namespace: str, address: str) -> int:
     return device
 
 
-def carry(home: str, site: str, delay_s: float, mbit: float) -> None:
+def carry(home: str, site: str, delay_s: float, mbit: float, loss: float) -> None:
     """Carries packets both ways until SIGTERM."""
     devices = (_open_tun(home, HOME), _open_tun(site, SITE))
-    lanes = tuple(_Lane(delay_s, mbit * 1e6 / 8) for _ in devices)
+    lanes = tuple(_Lane(delay_s, mbit * 1e6 / 8, loss) for _ in devices)
     selector = selectors.DefaultSelector()
     for number, device in enumerate(devices):
         selector.register(device, selectors.EVENT_READ, number)
@@ -140,4 +147,4 @@ def carry(home: str, site: str, delay_s: float, mbit: float) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    carry(sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4]))
+    carry(sys.argv[1], sys.argv[2], *map(float, sys.argv[3:6]))

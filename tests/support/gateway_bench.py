@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from longshore.client import ApiClient
 from longshore.config import JobSpec, parse_job
-from longshore.errors import Fault, InvalidJobSpec
+from longshore.errors import Conflict, Fault, InvalidJobSpec
 from longshore.gateway.app import Api
 from longshore.gateway.books import Books
 from longshore.gateway.driver import Parts
@@ -101,7 +101,7 @@ class GatewayBench:
         self.books = Books(self.redis, self.folder / "runs")
         self.store = JobStore(f"sqlite+aiosqlite:///{self.folder / 'jobs.db'}")
         await self.store.open()
-        api = Api(Jobs(self.store, self._check), self.books, self.folder / "runs", KEY, self._stop)
+        api = Api(Jobs(self.store, self._check, self._rotate), self.books, self.folder / "runs", KEY, self._stop)
         self._reconciling = asyncio.create_task(Reconciler(self._parts(), self.jobs_since).run(self._stop))
         listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -125,6 +125,12 @@ class GatewayBench:
         if self.faults:
             raise InvalidJobSpec(self.faults)
         return spec
+
+    async def _rotate(self, job: Job) -> str:
+        """As gateway.keys does for a job that has been started."""
+        if job.id not in self.prepared:
+            raise Conflict("the job has not been started: it has no key to rotate")
+        return "0123456789abcdef"
 
     def _parts(self) -> Parts:
         async def prepare(job: Job) -> Sequence[ProcessSpec]:

@@ -26,6 +26,7 @@ Port = Annotated[
 ]
 AsJson = Annotated[bool, Parameter(help="Print JSON for programs.", negative="")]
 LetterId = Annotated[str, Parameter(help="The id that `dead-letters list` prints.")]
+Home = Annotated[str, Parameter(help="Only for a relay: host:port of its home site's weight store.")]
 JobId = Annotated[str, Parameter(help="The id that `submit` printed.")]
 
 app = App(
@@ -124,6 +125,14 @@ def ledger(job_id: JobId, /, *, json: AsJson = False) -> int:
     return _await(tickets.ledger(job_id, json))
 
 
+@app.command(name="rotate-key", sort_key=10)
+def rotate_key(job_id: JobId, /) -> int:
+    """Have a job's policy versions signed by a new key from now on; what the old one signed stays valid."""
+    from longshore.console import commands
+
+    return _await(commands.rotate_key(job_id))
+
+
 dead_letters = App(
     name="dead-letters",
     help="Tickets that came to nothing and rollouts that were refused, and why.",
@@ -168,10 +177,15 @@ def validate(job_file: JobFile, /) -> int:
 
 
 @app.command(sort_key=12)
-def serve(service: Service, /) -> int:
+def serve(service: Service, /, *, home: Home = "") -> int:
     """Run one service process; its settings are environment variables (see docs/architecture.md)."""
     from longshore.errors import ConfigError
 
+    if home and service != "relay":
+        sys.stderr.write(f"longshore serve: --home {home}: only a relay has a home; leave it out for a {service}\n")
+        return 2
+    if home:
+        os.environ["LONGSHORE_HOME_WEIGHTS"] = home
     try:
         module = importlib.import_module(f"longshore.{service}.service")
     except ModuleNotFoundError as error:

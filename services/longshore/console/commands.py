@@ -73,6 +73,14 @@ async def logs(job_id: str, service: str | None, tail: int, follow: bool) -> int
     return EXIT_OK
 
 
+async def rotate_key(job_id: str) -> int:
+    """Has a job's versions signed by a new key."""
+    async with open_client() as client:
+        key_id = await client.rotate_key(job_id)
+    sys.stdout.write(f"{job_id}: versions are signed by key {key_id} from now on\n")
+    return EXIT_OK
+
+
 async def cancel(job_id: str) -> int:
     """Asks for a job's end."""
     async with open_client() as client:

@@ -45,6 +45,12 @@ class JobView(pydantic.BaseModel):
     spec: dict[str, object] | None = None
 
 
+class KeyView(pydantic.BaseModel):
+    """The key that signs a job's versions from now on: the first 16 hex digits of its public half's SHA-256."""
+
+    key_id: str
+
+
 class JobList(pydantic.BaseModel):
     """Jobs, newest first, without their specs."""
 
@@ -77,6 +83,7 @@ class Api:
         router.add_api_route("/jobs", self.list_jobs, methods=["GET"])
         router.add_api_route("/jobs/{job_id}", self.job, methods=["GET"])
         router.add_api_route("/jobs/{job_id}/cancel", self.cancel, methods=["POST"])
+        router.add_api_route("/jobs/{job_id}/keys/rotate", self.rotate_key, methods=["POST"])
         router.add_api_route("/jobs/{job_id}/events", self.events, methods=["GET"], response_class=StreamingResponse)
         router.add_api_route(
             "/jobs/{job_id}/logs", self.logs, methods=["GET"], response_class=PlainTextResponse, response_model=None
@@ -110,6 +117,10 @@ class Api:
     async def cancel(self, job_id: str) -> JobView:
         """Asks for the job's end. 409 once it has succeeded or failed."""
         return self._view(await self._jobs.cancel(job_id))
+
+    async def rotate_key(self, job_id: str) -> KeyView:
+        """Has the job's policy versions signed by a new key. 409: it was never started."""
+        return KeyView(key_id=await self._jobs.rotate_key(job_id))
 
     async def events(
         self, job_id: str, last_event_id: Annotated[str, Header(pattern=r"^\d{1,18}$")] = "0"

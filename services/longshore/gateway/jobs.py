@@ -21,14 +21,17 @@ _MAX_CHECKS = 2
 
 # Parses and checks a document; raises InvalidJobSpec with every fault.
 Check = Callable[[object], JobSpec]
+# Makes a job's next signing key and hands over to it; returns the key's id.
+Rotate = Callable[[Job], Awaitable[str]]
 
 
 class Jobs:
     """Job control over the store. Starting and stopping is the reconciler's, which reads the same store."""
 
-    def __init__(self, store: JobStore, check: Check) -> None:
+    def __init__(self, store: JobStore, check: Check, rotate: Rotate) -> None:
         self.store = store
         self._check = check
+        self._rotate = rotate
         self._checks = asyncio.Semaphore(_MAX_CHECKS)
 
     async def submit(self, document: object, given_up: Callable[[], Awaitable[bool]]) -> Job:
@@ -48,6 +51,18 @@ class Jobs:
         job = await self._create(spec)
         log.info("job queued", job=job.id, project=job.project)
         return job
+
+    async def rotate_key(self, job_id: str) -> str:
+        """Has the job's versions signed by a new key from now on; its id.
+
+        Raises:
+            NotFound: there is no such job.
+            Conflict: it was never started.
+            Unavailable: the weight store does not answer.
+        """
+        key_id = await self._rotate(await self.store.get(job_id))
+        log.info("key rotated", job=job_id, key_id=key_id)
+        return key_id
 
     async def cancel(self, job_id: str) -> Job:
         """Asks for a job's end. A job that is being cancelled, or was, is answered as it is.

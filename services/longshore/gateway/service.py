@@ -14,7 +14,8 @@ from longshore.gateway.books import Books
 from longshore.gateway.config import GatewaySettings
 from longshore.gateway.driver import Parts
 from longshore.gateway.http_server import serve_http
-from longshore.gateway.jobs import Jobs
+from longshore.gateway.jobs import Jobs, Rotate
+from longshore.gateway.keys import rotate_key
 from longshore.gateway.prepare import job_paths, prepare
 from longshore.gateway.reconcile import Reconciler
 from longshore.gateway.store import Job, JobStore
@@ -43,7 +44,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
         resources.push_async_callback(client.aclose)
         books = Books(client, settings.runs_dir)
         reconciler = Reconciler(_parts(settings, store, client, books, resources), settings.jobs_since)
-        api = Api(Jobs(store, check_document), books, settings.runs_dir, api_key, stop)
+        api = Api(Jobs(store, check_document, _rotation(settings)), books, settings.runs_dir, api_key, stop)
         rpc = RpcServer(settings.listen)
 
         async def on_listening(address: str) -> None:
@@ -67,6 +68,14 @@ def _read_key(settings: GatewaySettings) -> str:
     if not key:
         raise ConfigError(f"LONGSHORE_API_KEY_FILE {settings.api_key_file} is empty")
     return key
+
+
+def _rotation(settings: GatewaySettings) -> Rotate:
+    async def rotate(job: Job) -> str:
+        paths = job_paths(settings.runs_dir, settings.state_dir, job.id)
+        return await rotate_key(settings.weights, paths.signing_key_file, paths.job_file)
+
+    return rotate
 
 
 def _parts(

@@ -56,14 +56,14 @@ class Publisher:
     def __init__(
         self,
         client: WeightsClient,
-        key: SigningKey,
+        key_file: Path,
         assets: Mapping[str, bytes],
         dtype: str,
         canary: list[int],
         log: VersionLog,
     ) -> None:
         self._client = client
-        self._key = key
+        self._key_file = key_file
         self._assets = assets
         self._dtype = dtype
         self._canary = canary
@@ -107,7 +107,9 @@ class Publisher:
         self._taken = max(self._taken, version)
         checksum = checksum_of(tensors)
         await when_there_is_room(lambda: self._log.append(version, checksum), "a version's checksum")
-        self._running = asyncio.create_task(self._client.publish(self._key, draft, tensors, self._assets))
+        # Read anew each time: it may have been rotated.
+        key = await asyncio.to_thread(SigningKey.load, self._key_file)
+        self._running = asyncio.create_task(self._client.publish(key, draft, tensors, self._assets))
         return version
 
     async def wait(self) -> None:

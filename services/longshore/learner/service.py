@@ -33,7 +33,6 @@ from longshore.rollout_queue.blobs import Blobs
 from longshore.rpc.process import run_process
 from longshore.rpc.server import RpcServer
 from longshore.settings import JobFile
-from longshore.signing import SigningKey
 from longshore.tasks.registry import SOURCES, load
 from longshore.tasks.rendering import Renderer
 from longshore.tasks.source import TaskSource, TrainCursor, heldout_tasks
@@ -93,7 +92,7 @@ async def _run(
 
     publisher = Publisher(
         weights,
-        SigningKey.load(settings.signing_key_file),
+        settings.signing_key_file,
         assets,
         spec.weights.dtype,
         _canary(source, spec.tasks.heldout_fraction, renderer),

@@ -17,6 +17,8 @@ import grpc.aio
 from longshore.errors import ConfigError
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+# More than a wide link holds: 1 Gbit/s and 100 ms are 12 MB.
+LOOKAHEAD_BYTES = 16 * 1024 * 1024
 
 # Built-in retries: a peer that restarts is not its callers' problem. Calls still end at their deadline.
 _SERVICE_CONFIG = json.dumps(
@@ -39,6 +41,8 @@ _SERVICE_CONFIG = json.dumps(
 CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # How much a stream may be sent before it is read. The default lets a far peer wait a round trip for every 64 KiB.
+    ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 100),

@@ -16,7 +16,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from longshore import errors
-from longshore.rpc.channel import MAX_MESSAGE_BYTES, is_local, tls_file
+from longshore.rpc.channel import LOOKAHEAD_BYTES, MAX_MESSAGE_BYTES, is_local, tls_file
 
 log = structlog.get_logger()
 
@@ -45,6 +45,7 @@ class RpcServer:
             options=[
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
                 # Our clients ping every 30 s; the default limit would call that abuse.
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ]

@@ -19,14 +19,15 @@ from functools import partial
 
 import structlog
 
-from longshore.errors import Fenced, IntegrityError, NotFound, Unavailable
+from longshore.errors import Conflict, Fenced, IntegrityError, NotFound, Unavailable
 from longshore.proto.v1 import weights_pb2, weights_pb2_grpc
 from longshore.rpc import convert
 from longshore.rpc.channel import channel
-from longshore.signing import SigningKey
+from longshore.signing import SigningKey, key_id
 from longshore.types import JobRef
 from longshore.weight_store import bundle
 from longshore.weight_store.copies import Copies
+from longshore.weight_store.keychain import sign_rotation, verify_chain
 from longshore.weight_store.payload import Tensor
 from longshore.weight_store.version import (
     HEAD,
@@ -135,6 +136,24 @@ class WeightsClient:
         self._sent_assets = parcel.assets_sha256
         self._pointer_watch(HEAD).note(pointer_state(parcel.header.head))
         return existed
+
+    async def rotate_key(self, old: SigningKey, new: SigningKey, timeout: float = 30.0) -> None:
+        """Hands the job's signing over from its newest key to another; nothing happens where that was done before.
+
+        Raises:
+            Conflict: `old` is not the job's newest key.
+        """
+        keys = await repeat(
+            lambda left: self._stub.GetKeys(weights_pb2.GetKeysRequest(job=self._job), timeout=left), timeout
+        )
+        newest = verify_chain(self.job, keys.public_key, keys.rotations)[-1]
+        if newest == new.public_key:
+            return
+        if newest != old.public_key:
+            raise Conflict(f"key {old.key_id} is not the newest key of {self.job}, which is {key_id(newest)}")
+        rotation = sign_rotation(old, self.job, new.public_key, len(keys.rotations) + 1, time.time())
+        request = weights_pb2.RotateKeyRequest(rotation=rotation)
+        await repeat(lambda left: self._stub.RotateKey(request, timeout=left), timeout)
 
     async def describe(self, version: int, timeout: float = 30.0) -> PolicyVersion:
         """A version's manifest, verified; its `tensors` is None."""

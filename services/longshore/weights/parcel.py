@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from longshore.proto.v1 import weights_pb2
 from longshore.signing import SigningKey
 from longshore.types import JobRef
 from longshore.weight_store import bundle, payload
-from longshore.weight_store.payload import Tensor, TensorInfo
+from longshore.weight_store.payload import Tensor
 from longshore.weight_store.version import HEAD, VersionDraft, build_manifest, sign_manifest, sign_pointer
 
 # Renewed by every publish; long enough for the slowest step and for a finished job to be looked at.
@@ -49,7 +50,6 @@ def pack(
     assets: Mapping[str, bytes],
     serial: int,
     base: Base | None = None,
-    threads: int = 1,
 ) -> Parcel:
     """Hashes, encodes and signs a version, and a head that names it. Blocks for as long as that takes.
 
@@ -60,11 +60,13 @@ def pack(
         ValueError: the draft or a tensor makes no sense.
         Rejected: the assets cannot be a bundle.
     """
-    infos = [payload.tensor_info(tensor) for tensor in tensors]
     archive = bundle.pack(assets)
     assets_sha256 = hashlib.sha256(archive).digest()
-    manifest = build_manifest(job, draft, infos, assets_sha256)
-    encoding, parts = _encoded(tensors, infos, base, threads)
+    # Hashing and encoding read the same tensors, and neither holds the interpreter's lock.
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(lambda: [payload.tensor_info(tensor) for tensor in tensors])
+        encoding, parts = _encoded(tensors, base)
+        manifest = build_manifest(job, draft, hashing.result(), assets_sha256)
     header = weights_pb2.PublishHeader(
         manifest=sign_manifest(key, manifest),
         encoding=encoding,
@@ -74,19 +76,17 @@ def pack(
     return Parcel(header, parts, assets_sha256)
 
 
-def _encoded(
-    tensors: Sequence[Tensor], infos: Sequence[TensorInfo], base: Base | None, threads: int
-) -> tuple[weights_pb2.Encoding, list[bytes]]:
+def _encoded(tensors: Sequence[Tensor], base: Base | None) -> tuple[weights_pb2.Encoding, list[bytes]]:
     if base is not None and [_layout(item) for item in base.tensors] == [_layout(item) for item in tensors]:
         # Late, because it needs NumPy.
         from longshore.weight_store.codec import delta
 
-        parts = [delta.encode(base.tensors, tensors, threads)]
+        parts = [delta.encode(base.tensors, tensors)]
         encoding = weights_pb2.Encoding(
             kind=weights_pb2.ENCODING_KIND_DELTA, base_version=base.version, codec=delta.CODEC
         )
     else:
-        parts = [payload.encode_header(infos), *(tensor.data for tensor in tensors)]
+        parts = [payload.encode_header(tensors), *(tensor.data for tensor in tensors)]
         encoding = weights_pb2.Encoding(kind=weights_pb2.ENCODING_KIND_FULL, codec=payload.CODEC)
     whole = hashlib.sha256()
     for part in parts:

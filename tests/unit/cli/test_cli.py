@@ -154,6 +154,12 @@ def test_down_without_a_stack_is_done(command: Command) -> None:
     assert (done.returncode, done.stdout) == (0, "no stack is running here\n")
 
 
+def test_only_a_relay_is_told_its_home(command: Command) -> None:
+    assert "LONGSHORE_HOME_WEIGHTS" in refused(command("serve", "relay"), 2)[0]
+    assert "LONGSHORE_HOME_WEIGHTS" not in refused(command("serve", "relay", "--home", "home.example:7102"), 2)[0]
+    assert "only a relay has a home" in refused(command("serve", "verifier", "--home", "home.example:7102"), 2)[0]
+
+
 def test_serve_names_every_setting_that_is_missing(command: Command) -> None:
     line = refused(command("serve", "gateway"), 2)[0]
     assert line.startswith("longshore gateway: ")
