@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from longshore.errors import Fenced, Rejected
+from longshore.errors import Conflict, Fenced, NotFound, Rejected
 from longshore.rollout_queue import broker, heads, site_leases
 from longshore.rollout_queue.journal import Journal
 from longshore.rollout_queue.rollouts import Delivery, End
@@ -24,6 +24,8 @@ from longshore.rollout_queue.tickets import Claim
 MAX_ATTEMPTS = 2
 ACTORS = st.sampled_from(["actor-0", "actor-1", "actor-2"])
 SITES = st.sampled_from(["west", "east"])
+CONTENTS = st.lists(st.sampled_from([b"a", b"b"]), min_size=1, max_size=3)
+HOME = ("delivered", "awaiting_verdict")
 FINAL = {"attempts_exhausted", "too_long", "trained", "zero_variance", "rejected", "cancelled"}
 
 
@@ -35,6 +37,7 @@ class Model:
     attempt: int = 0
     tries: int = 0
     payload: bytes = b""
+    unscored: bool = False
     # The rollout site that leased it.
     site: str = ""
     journal: list[bytes] = field(default_factory=list)
@@ -43,7 +46,7 @@ class Model:
     def to(self, state: str) -> None:
         self.history.append(state)
         self.state = state
-        if state in FINAL or state == "delivered":
+        if state in FINAL or state in HOME:
             self.journal = []
         if state == "queued":
             self.site = ""
@@ -52,7 +55,6 @@ class Model:
 class QueueMachine(RuleBasedStateMachine):
     """Rules are calls; `claims` holds every claim ever made, stale ones above all."""
 
-    # Set by the test.
     url = ""
     make_bench: type
     claims = Bundle("claims")
@@ -135,10 +137,13 @@ class QueueMachine(RuleBasedStateMachine):
         for item in found:
             model = self.models[item.ticket_key]
             assert item.attempt == model.attempt
-            if item.payload is None:
+            if item.verdict is not None:
+                assert (model.state, model.unscored, item.verdict) == ("delivered", True, b"verdict")
+            elif item.payload is None:
                 assert model.state == item.final_reason
             else:
-                assert (model.state, item.payload) == ("delivered", model.payload)
+                assert model.state == "delivered" or (model.state, model.unscored) == ("awaiting_verdict", True)
+                assert (item.payload, item.awaiting_verdict) == (model.payload, model.unscored)
         return found
 
     @rule(target=deliveries, again=st.booleans())
@@ -157,15 +162,15 @@ class QueueMachine(RuleBasedStateMachine):
     def acknowledge_one(self, delivery: Delivery, outcome: str) -> None:
         end = End(delivery.entry_id, delivery.ticket_key, delivery.final_reason or outcome)
         self.run(self.bench.rollouts.acknowledge(self.epoch, [end]))
-        if self.models[delivery.ticket_key].state == "delivered":
+        if self.models[delivery.ticket_key].state in HOME:
             self.models[delivery.ticket_key].to(outcome)
 
     @rule(delivery=consumes(deliveries))
     def dead_letter(self, delivery: Delivery) -> None:
-        if delivery.payload is None:
+        if delivery.payload is None and delivery.verdict is None:
             return
         self.run(self.bench.rollouts.dead_letter(self.epoch, delivery, "schema", "model"))
-        if self.models[delivery.ticket_key].state == "delivered":
+        if self.models[delivery.ticket_key].state in HOME:
             self.models[delivery.ticket_key].to("rejected")
 
     @rule(really=st.integers(0, 9))
@@ -227,22 +232,33 @@ class QueueMachine(RuleBasedStateMachine):
             model.journal[index:] = [turn]
         assert self.run(journal.read(claim)) == model.journal
 
-    @rule(claim=claims, contents=st.lists(st.sampled_from([b"a", b"b"]), min_size=1, max_size=3))
-    def deliver(self, claim: Claim, contents: list[bytes]) -> None:
+    @rule(claim=claims, contents=CONTENTS, unscored=st.booleans())
+    def deliver(self, claim: Claim, contents: list[bytes], unscored: bool) -> None:
         for content in contents:
-            self.deliver_one(claim, content)
+            self.deliver_one(claim, content, unscored)
 
-    def deliver_one(self, claim: Claim, content: bytes) -> None:
+    def deliver_one(self, claim: Claim, content: bytes, unscored: bool) -> None:
         model = self.models[claim.ticket.ref.key]
-        repeat = model.state == "delivered" and model.payload == content
+        repeat = model.state in HOME and model.payload == content
         if not self.may_deliver(claim) and not repeat:
             with pytest.raises(Fenced):
-                self.run(self.bench.rollouts.deliver(claim, content))
+                self.run(self.bench.rollouts.deliver(claim, content, unscored))
             return
-        assert self.run(self.bench.rollouts.deliver(claim, content)) is not repeat
+        assert self.run(self.bench.rollouts.deliver(claim, content, unscored)) is not repeat
         if not repeat:
-            model.payload = content
-            model.to("delivered")
+            model.payload, model.unscored = content, unscored
+            model.to("awaiting_verdict" if unscored else "delivered")
+
+    @rule(claim=claims)
+    def judge(self, claim: Claim) -> None:
+        for key in (claim.ticket.ref.key, *(key for key, m in self.models.items() if m.state == "awaiting_verdict")):
+            model, deliver_verdict = self.models[key], self.bench.rollouts.deliver_verdict
+            if model.state == "awaiting_verdict":
+                self.run(deliver_verdict(key, b"verdict"))
+                model.to("delivered")
+            else:
+                with pytest.raises(NotFound if model.state in FINAL else Conflict):
+                    self.run(deliver_verdict(key, b"verdict"))
 
     @rule(claim=claims, drain=st.booleans())
     def give_back(self, claim: Claim, drain: bool) -> None:
@@ -357,18 +373,17 @@ class QueueMachine(RuleBasedStateMachine):
     def the_broker_agrees(self) -> None:
         # `states` checks issued = sum of states, and hashes and streams against the counts.
         counted = self.run(self.bench.states())
-        expected: dict[str, int] = {}
-        for model in self.models.values():
-            expected[model.state] = expected.get(model.state, 0) + 1
-        assert counted == expected
+        assert counted == Counter(model.state for model in self.models.values())
 
     @invariant()
     def each_ticket_is_delivered_at_most_once(self) -> None:
         assert len(self.seen) == len(set(self.seen))
-        assert all(model.history.count("delivered") <= 1 for model in self.models.values())
+        assert all(model.history.count(state) <= 1 for model in self.models.values() for state in HOME)
         entries = self.run(self.client.xrange(self.bench.keys.rollouts))
         waiting = [heads.read(fields[b"rollout"]).key for _, fields in entries if b"payload" in fields]
-        assert sorted(waiting) == sorted(key for key, model in self.models.items() if model.state == "delivered")
+        judged = [fields[b"key"].decode() for _, fields in entries if b"verdict" in fields]
+        assert sorted(judged) == sorted(key for key, m in self.models.items() if m.state == "delivered" and m.unscored)
+        assert sorted(waiting) == sorted(key for key, model in self.models.items() if model.state in HOME)
 
 
 def test_any_sequence_of_calls_keeps_the_ledger(broker_url, make_bench):

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from longshore.errors import Fenced, Rejected
-from longshore.rollout_queue import heads, payload, rollouts
+from longshore.rollout_queue import heads, payload, rollouts, stream_reader
 from longshore.rollout_queue.rollouts import End, RolloutQueue
 
 
@@ -120,6 +120,25 @@ async def test_entries_in_a_reply_that_got_lost_are_read_again(bench):
     assert [item.ticket_key for item in await bench.rollouts.read(8, 0)] == ["0.1"]
     assert [item.ticket_key for item in await bench.rollouts.read(8, 0)] == ["0.2"]
     assert await bench.rollouts.read(8, 0) == []
+
+
+async def test_what_a_superseded_learner_took_from_us_is_read_after_all(bench, monkeypatch):
+    await bench.issued(3)
+    first, second, third = await bench.tickets.claim("actor-0", 3, 0)
+    old, new = (RolloutQueue(bench.redis, bench.job) for _ in range(2))
+    assert await new.read(8, 0) == []
+    await bench.rollouts.deliver(first, b"1")
+    await bench.rollouts.deliver(second, b"2")
+    # It slept, and wakes between our look at what is pending and our read of what is new.
+    (took,) = await old.read(1, 0)
+    monkeypatch.setattr(new._reader, "_newest", took.entry_id)
+    assert [item.payload for item in await new.read(8, 0)] == [b"2"]
+    assert await new.read(8, 0) == []
+    monkeypatch.setattr(stream_reader, "LOOK_S", 0.0)
+    assert [item.payload for item in await new.read(8, 0)] == [b"1"]
+    await bench.rollouts.deliver(third, b"3")
+    assert [item.payload for item in await new.read(8, 0)] == [b"3"]
+    assert await new.read(8, 0) == []
 
 
 async def test_acknowledging_ends_tickets_once(bench):

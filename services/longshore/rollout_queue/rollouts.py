@@ -23,6 +23,7 @@ from longshore.errors import Conflict, Fenced, IntegrityError, LongshoreError, N
 from longshore.rollout_queue import broker, heads, payload
 from longshore.rollout_queue.blobs import Blobs
 from longshore.rollout_queue.keys import LEARNER, JobKeys
+from longshore.rollout_queue.stream_reader import StreamReader
 from longshore.rollout_queue.tickets import MAX_DETAIL, Claim, check_reason, checked, slices
 from longshore.types import JobRef
 
@@ -100,8 +101,7 @@ class RolloutQueue:
         self._keys = JobKeys(job, site)
         self._blobs = blobs
         self._maker = maker
-        # Newest entry that this instance has handed out.
-        self._handed_out = "0"
+        self._reader = StreamReader(redis, self._keys)
         self._mean_bytes = 16 * 1024
         # Blobs of entries that were handed out, to be deleted with them.
         self._blob_of: dict[str, str] = {}
@@ -193,25 +193,16 @@ class RolloutQueue:
         not acknowledge come first, unless read_pending brought them. After a broker that lost its tail, entries can
         come a second time: tell them by their ticket.
         """
-        # Sent to us in a reply that got lost, or to a learner that we superseded: pending, and newer than ours.
-        missed = await self._read(self._handed_out, count, 0)
-        found = missed or await self._read(">", count, block_ms)
-        # Should the storage of large ones be away, none of these is handed out: they are read again.
-        deliveries = await self._decode_all(found)
-        if found:
-            self._handed_out = found[-1][0]
-        return deliveries
+        return await self._give(await self._reader.next(self._fitting(count), block_ms))
 
     async def read_pending(self, after: str = "0", count: int = 256) -> list[Delivery]:
         """Entries that were read and not acknowledged, oldest first: what a restarted learner starts with.
 
         Returns one page after the entry id `after`; empty when there are no more.
         """
-        while found := await self._read(after, count, 0):
+        while found := await self._reader.pending(after, self._fitting(count)):
             after = found[-1][0]
-            deliveries = await self._decode_all(found)
-            self._handed_out = max(self._handed_out, after, key=_order)
-            if deliveries:
+            if deliveries := await self._give(found):
                 return deliveries
         return []
 
@@ -316,11 +307,14 @@ class RolloutQueue:
         if paths and self._blobs is not None:
             await self._blobs.delete(paths)
 
-    async def _read(self, after: str, count: int, block_ms: int) -> list[broker.Entry]:
-        fitting = min(count, max(1, _READ_BYTES // self._mean_bytes))
-        return await broker.read_group(
-            self._redis, self._keys, self._keys.rollouts, LEARNER, LEARNER, after, fitting, block_ms
-        )
+    def _fitting(self, count: int) -> int:
+        return min(count, max(1, _READ_BYTES // self._mean_bytes))
+
+    async def _give(self, found: list[broker.Entry]) -> list[Delivery]:
+        # Should the storage of large ones be away, none of these is handed out: they are read again.
+        deliveries = await self._decode_all(found)
+        self._reader.gave(found)
+        return deliveries
 
     async def _decode_all(self, found: list[broker.Entry]) -> list[Delivery]:
         deliveries = []
@@ -373,11 +367,6 @@ class RolloutQueue:
 
 async def _sha256(data: bytes) -> str:
     return (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()
-
-
-def _order(entry_id: str) -> tuple[int, int]:
-    milliseconds, _, sequence = entry_id.partition("-")
-    return int(milliseconds), int(sequence or 0)
 
 
 def _calls(trip: Sequence[_Packed]) -> Iterator[list[_Packed]]:
