@@ -57,8 +57,8 @@ def prove(evidence: Evidence) -> list[str]:
 
 
 def surviving(records: Sequence[Record]) -> dict[int, Record]:
-    """The records that the surviving history consists of: the last one of each step."""
-    return {record.step: record for record in records}
+    """The records that the surviving history consists of: the last one of each step, of its newest epoch."""
+    return {record.step: record for record in sorted(records, key=lambda record: record.epoch)}
 
 
 def finished(evidence: Evidence) -> list[str]:

@@ -49,10 +49,14 @@ class BatchLog:
         """Records of the steps beyond `step`, in order. A last line that a crash tore is dropped from the file.
 
         Where a step was recorded twice (a record was written, its step never taken, and the job went on otherwise),
-        the last record counts.
+        the last record counts; not so one of an incarnation that had been superseded when it wrote it.
         """
         records: dict[int, BatchRecord] = {}
+        newest = 0
         for item in read_lines(self.path):
+            if item["epoch"] < newest:
+                continue
+            newest = item["epoch"]
             records[item["step"]] = BatchRecord(
                 item["step"],
                 item["epoch"],

@@ -30,6 +30,11 @@ def append_line(path: Path, item: Mapping[str, object], sync: bool = True) -> No
             raise
 
 
+def newest_epoch(*paths: Path) -> int:
+    """The highest learner epoch that any line of these files was written under; 0: none."""
+    return max((int(item["epoch"]) for path in paths for item in read_lines(path)), default=0)
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every whole line, oldest first. What a crash left of a last line is cut off the file."""
     if not path.exists():

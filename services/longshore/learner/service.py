@@ -17,6 +17,7 @@ from longshore.learner.checkpoint import Snapshot, load_newest, restore_snapshot
 from longshore.learner.config import LearnerSettings
 from longshore.learner.disk import when_there_is_room
 from longshore.learner.durability import covered_by
+from longshore.learner.durable_lines import newest_epoch
 from longshore.learner.intake import Intake, Limits
 from longshore.learner.ledger import Ledger
 from longshore.learner.loop import LearnerLoop
@@ -71,7 +72,10 @@ async def _run(
     spec, checkpoints = job.spec, settings.run_dir / "learner" / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     snapshot = await asyncio.to_thread(load_newest, checkpoints)
-    await link.open(at_least=_epoch(snapshot) + 1)
+    # A broker that lost more than its tail may have forgotten even the epochs since the checkpoint.
+    records = (settings.run_dir / "learner" / name for name in ("issued.jsonl", "batches.jsonl"))
+    recorded = await asyncio.to_thread(newest_epoch, *records)
+    await link.open(at_least=max(_epoch(snapshot), recorded) + 1)
     reporter = Reporter(job.ref, spec, settings.run_dir, link.publish)
     await reporter.phase("loading")
 

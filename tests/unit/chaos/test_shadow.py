@@ -94,10 +94,13 @@ async def test_a_broker_that_lost_its_tail_goes_back_and_the_history_stays(priva
 async def test_losing_the_tail_brings_the_broker_back_to_an_earlier_state(private_broker, make_bench, connect, tap):
     bench = make_bench(connect(private_broker.url))
     await bench.issued(1)
+    # While the disk is busy, a server writes a moment later.
+    await bench.redis.waitaof(1, 0, 10_000)
     tap.catch_up()
     early = len(tap._marks)
     epoch = await bench.tickets.open_epoch()
     await bench.tickets.issue(epoch, bench.some(3))
+    await bench.redis.waitaof(1, 0, 10_000)
     tap.catch_up()
     assert len(tap._marks) > early
     while len(tap._marks) > early:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from longshore.errors import Unavailable
 from longshore.learner import checkpoint, disk
 from longshore.learner.batch_log import BatchLog, BatchRecord
-from longshore.learner.durable_lines import append_line, read_lines
+from longshore.learner.durable_lines import append_line, newest_epoch, read_lines
 from longshore.learner.issue_log import IssueLog, IssueRecord
 
 
@@ -32,6 +32,21 @@ def test_what_a_superseded_incarnation_recorded_last_does_not_count(tmp_path):
     for item in [record(0), record(4), record(4, 6, epoch=2), record(8, epoch=1), record(10, epoch=2)]:
         log.append(item)
     assert log.after(0) == [record(0), record(4, 6, epoch=2), record(10, epoch=2)]
+
+
+def test_a_batch_that_a_superseded_incarnation_recorded_last_does_not_count(tmp_path):
+    path = tmp_path / "batches.jsonl"
+    log = BatchLog(path)
+    assert newest_epoch(path, tmp_path / "none.jsonl") == 0
+
+    def batch(step, epoch, group):
+        return BatchRecord(step, epoch, (group,), ((f"{group}.0", 1),))
+
+    # The first was taken over by the second, which fell back to step 2; then the first woke up.
+    for item in [batch(1, 1, 0), batch(2, 1, 1), batch(3, 1, 2), batch(3, 2, 3), batch(4, 2, 4), batch(3, 1, 5)]:
+        log.append(item)
+    assert log.after(1) == [batch(2, 1, 1), batch(3, 2, 3), batch(4, 2, 4)]
+    assert newest_epoch(path, tmp_path / "none.jsonl") == 2
 
 
 def test_late_members_are_on_record_behind_the_others(tmp_path):
