@@ -14,6 +14,7 @@ from builders import rollout
 from redis.asyncio import Redis
 
 from longshore.config import JobSpec, NewModel
+from longshore.errors import Fenced
 from longshore.learner import issuer as issuing
 from longshore.learner import metrics, upkeep
 from longshore.learner.broker_link import BrokerLink
@@ -301,6 +302,19 @@ async def test_a_repeat_ends_no_ticket_before_its_end_is_durable(make_world):
     assert await world.client.xlen(stream) == 0
     await world.check_equal()
     assert world.ledger.known_at_broker == {("home", "trained"): 2}
+
+
+async def test_a_superseded_learner_writes_no_checkpoint(make_world):
+    old, new = make_world(), make_world()
+    await old.parts.link.open(0)
+    await new.parts.link.open(0)
+    await old.durability.checkpoint()
+    with pytest.raises(Fenced):
+        await old.durability.settled()
+    assert load_newest(old.folder / "learner" / "checkpoints") is None
+    await new.durability.checkpoint()
+    await new.durability.settled()
+    assert load_newest(old.folder / "learner" / "checkpoints") is not None
 
 
 async def test_site_leases_run_out_as_the_job_says(bench):

@@ -16,7 +16,7 @@ from typing import TypeVar
 import structlog
 from redis.asyncio import Redis
 
-from longshore.errors import Interrupted, LongshoreError, Unavailable
+from longshore.errors import Fenced, Interrupted, LongshoreError, Unavailable
 from longshore.rollout_queue import broker
 from longshore.rollout_queue.blobs import Blobs
 from longshore.rollout_queue.broker import BrokerFull
@@ -86,6 +86,12 @@ class BrokerLink:
                 await asyncio.sleep(PAUSE_S)
             else:
                 return self.epoch
+
+    async def confirm(self) -> None:
+        """Raises Fenced when a newer epoch is open."""
+        current = await self._call(lambda: self._tickets.raise_epoch(self.epoch))
+        if current > self.epoch:
+            raise Fenced(f"learner epoch {self.epoch} has been superseded by {current}")
 
     async def issue(self, tickets: Sequence[Ticket]) -> None:
         """Makes tickets claimable; those the broker knows already are left as they are. Raises Fenced, BrokerFull."""

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `checkpoint_000007/` of safetensors files and `state.json`, with the SHA-256 of each in
 `manifest.json`. It is written under another name, synced, and renamed; a torn one is passed over for the one before.
-The number only grows, so that no checkpoint ever replaces another.
+The number only grows, so that no checkpoint ever replaces another. One of an older learner epoch, whatever its number,
+is older: a learner that was superseded while it slept can write one more.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         # The library tells a full disk by text alone.
         code = errno.ENOSPC if any(text in str(error) for text in _FULL_TEXTS) else errno.EIO
         raise OSError(code, str(error), str(part)) from error
-    for old in sorted(folder.glob("checkpoint_*"))[:-KEEP]:
+    for old in _oldest_first(folder)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -116,19 +117,32 @@ def _write(part: Path, snapshot: Snapshot) -> None:
     save_file(snapshot.frozen, part / "frozen.safetensors")
     (part / "state.json").write_text(json.dumps(snapshot.state), encoding="utf-8")
     sums = {path.name: _sha256(path) for path in sorted(part.iterdir())}
-    (part / "manifest.json").write_text(json.dumps({"step": snapshot.step, "sha256": sums}), encoding="utf-8")
+    manifest = {"step": snapshot.step, "epoch": snapshot.state.get("epoch", 0), "sha256": sums}
+    (part / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     for path in [*part.iterdir(), part]:
         _sync(path)
 
 
 def load_newest(folder: Path) -> Snapshot | None:
     """The newest checkpoint whose checksums hold; None when there is none."""
-    for path in sorted(folder.glob("checkpoint_*"), reverse=True):
+    for path in reversed(_oldest_first(folder)):
         try:
             return _load(path)
         except (IntegrityError, OSError, ValueError, KeyError) as error:
             log.warning("checkpoint passed over", path=str(path), reason=str(error))
     return None
+
+
+def _oldest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint_*"), key=lambda path: (_epoch(path), path.name))
+
+
+def _epoch(path: Path) -> int:
+    """-1 when it cannot be told: then it cannot be loaded either."""
+    try:
+        return int(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["epoch"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def _next_number(folder: Path) -> int:

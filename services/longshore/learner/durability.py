@@ -88,6 +88,8 @@ class Durability:
         metrics.RECONCILED.labels(*self._labels).inc()
 
     async def _write(self, snapshot: Snapshot, covered: list[Ending], told: str) -> None:
+        # Else it would only be found out at the acknowledgement, with a checkpoint of the past on the disk.
+        await self._parts.link.confirm()
         await when_there_is_room(lambda: write_checkpoint(self._folder, snapshot), "a checkpoint")
         again = self._lately() if told else []
         await self._parts.link.acknowledge(ends_of([*again, *covered]))

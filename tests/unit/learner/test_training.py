@@ -9,7 +9,7 @@ from builders import TASK, rollout
 from longshore.config import NewModel, TrainSpec
 from longshore.learner.batch import micro_batches
 from longshore.learner.batch_log import BatchLog, BatchRecord
-from longshore.learner.checkpoint import load_newest, restore_snapshot, take_snapshot, write_checkpoint
+from longshore.learner.checkpoint import KEEP, load_newest, restore_snapshot, take_snapshot, write_checkpoint
 from longshore.learner.model import _new_model, character_tokenizer
 from longshore.learner.sequences import Credit, sequences_of
 from longshore.learner.trainer import Trainer, canary_logprobs
@@ -95,6 +95,19 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(tokenizer, tmp_path, dam
     else:
         victim.unlink()
     assert load_newest(tmp_path).step == 1
+
+
+def test_a_checkpoint_that_a_superseded_learner_wrote_last_is_not_the_newest(tokenizer, tmp_path):
+    trainer = new_trainer(tokenizer)
+    for step, epoch in ((1, 1), (5, 2), (2, 1)):
+        write_checkpoint(tmp_path, take_snapshot(trainer, step, {"epoch": epoch}))
+    assert load_newest(tmp_path).step == 5
+    newest = write_checkpoint(tmp_path, take_snapshot(trainer, 6, {"epoch": 2}))
+    assert len(list(tmp_path.glob("checkpoint_*"))) == KEEP
+    (newest / "state.json").unlink()
+    assert load_newest(tmp_path).step == 5
+    (newest / "manifest.json").write_text("[")
+    assert load_newest(tmp_path).step == 5
 
 
 def test_a_half_written_checkpoint_is_not_seen(tokenizer, tmp_path):
