@@ -313,8 +313,9 @@ async def test_rollouts_of_versions_after_the_checkpoint_are_as_good_as_ever(mak
     bench = make_bench("ahead", steps=steps, checkpoint_every=10)
 
     def newest() -> int:
+        # A step's line is there once its version is on its way, and the one before in the store.
         path = bench.run_dir / "metrics.jsonl"
-        return len(path.read_text().splitlines()) if path.exists() else 0
+        return max(0, len(path.read_text().splitlines()) - 1) if path.exists() else 0
 
     bench.site.version = newest
     async with bench.running():
@@ -327,4 +328,4 @@ async def test_rollouts_of_versions_after_the_checkpoint_are_as_good_as_ever(mak
         summary = await bench.finished()
     assert "rejected" not in summary["rollouts_accounted"]
     assert summary["policy_version"] == steps
-    assert summary["staleness_max"] <= 3
+    assert summary["staleness_max"] <= 4
