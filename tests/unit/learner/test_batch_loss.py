@@ -212,7 +212,7 @@ def test_the_norm_at_the_logits_is_that_of_autograd():
 
 def test_the_optimal_baseline_by_hand():
     # Group 0: sequences 0 (2 tokens, s = 2, g = 1.5, A = 1) and 1 (s = 1, g = 0.5, A = -1):
-    # b = (4 * 1.5 - 0.5) / (4 * 1.5 + 0.5) = 5.5 / 6.5. Group 1: one sequence, which is its own baseline.
+    # b = (4 * 1.5 - 0.5) / (4 * 1.5 + 0.5) = 5.5 / 6.5. Group 1: one sequence, which has nothing to be compared with.
     got = optimal_baseline(
         torch.tensor([1.0, 1.0, -1.0, 0.3]),
         torch.tensor([math.log(4.0), math.log(0.5), 0.0, 0.2]),
@@ -221,7 +221,7 @@ def test_the_optimal_baseline_by_hand():
         torch.tensor([0, 0, 0, 1]),
     )
     b = 5.5 / 6.5
-    assert got.tolist() == pytest.approx([1 - b, 1 - b, -1 - b, 0.0], abs=1e-6)
+    assert got.tolist() == pytest.approx([1 - b, 1 - b, -1 - b, 0.3], abs=1e-6)
 
 
 tokens = st.lists(
@@ -244,21 +244,23 @@ def test_the_optimal_baseline_matches_plain_loops_and_gives_the_least_variance(r
     )
     for place, group in enumerate(groups):
         upper = lower = 0.0
-        for number in {n for n, g in zip(sequences, groups, strict=True) if g == group}:
+        numbers = {n for n, g in zip(sequences, groups, strict=True) if g == group}
+        for number in numbers:
             mine = [row for row in rows if row[3] == number]
             weight = math.exp(2 * sum(row[1] for row in mine)) * sum(row[2] for row in mine)
             upper += weight * sum(row[0] for row in mine) / len(mine)
             lower += weight
-        assert got[place].item() == pytest.approx(advantages[place] - upper / lower, abs=1e-6)
+        baseline = upper / lower if len(numbers) > 1 else 0.0
+        assert got[place].item() == pytest.approx(advantages[place] - baseline, abs=1e-6)
 
 
 def test_extreme_ratios_leave_the_baseline_finite():
     got = optimal_baseline(
-        torch.tensor([1.0, -1.0, 0.5]),
-        torch.tensor([5000.0, -5000.0, 0.0]),
-        torch.tensor([1.0, 1.0, 0.0]),
-        torch.tensor([0, 1, 2]),
-        torch.tensor([0, 0, 1]),
+        torch.tensor([1.0, -1.0, 0.5, 0.3]),
+        torch.tensor([5000.0, -5000.0, 0.0, 0.0]),
+        torch.tensor([1.0, 1.0, 0.0, 0.0]),
+        torch.tensor([0, 1, 2, 3]),
+        torch.tensor([0, 0, 1, 1]),
     )
-    # Sequence 0 is all of its group's weight. A sequence without a gradient is its own baseline.
-    assert got.tolist() == pytest.approx([0.0, -2.0, 0.0])
+    # Sequence 0 is all of its group's weight. Sequences without a gradient count alike.
+    assert got.tolist() == pytest.approx([0.0, -2.0, 0.1, -0.1])

@@ -54,7 +54,8 @@ def optimal_baseline(
 
     over the group's sequences i, A_i being a sequence's mean advantage (b* moves along when all A_i are shifted, so
     it does not matter which baseline they already have). g_i is taken at the logits, as the sum of the squared norms
-    of its tokens, which spares one backward pass a sequence: an approximation to VCPO's norm over all weights.
+    of its tokens, which spares one backward pass a sequence: an approximation to VCPO's norm over all weights. A
+    sequence alone in its group (a late member) would be its own baseline: it keeps the advantage that it has.
 
     Args:
         advantages: [N] of every token of the batch.
@@ -80,4 +81,6 @@ def optimal_baseline(
     w = torch.where(present, (log_w - highest[group]).exp(), 0.0)
     sums = torch.zeros_like(highest).index_add(0, group, w)
     baseline = torch.zeros_like(highest).index_add(0, group, w * mean) / sums.clamp(min=1e-300)
+    members = torch.zeros_like(highest).index_add(0, group, present.double())
+    baseline = torch.where(members > 1, baseline, 0.0)
     return advantages - baseline[groups].to(advantages)
