@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -46,16 +47,21 @@ class Game:
     name: str
     symbols: int
     length: int
-    # Whether the answer is the prompt in order of size, or from its end to its beginning.
-    is_sorted: bool
+    # "reverse": from its end to its beginning; "sort": in order of size; "sums": each the sum of those up to it, modulo
+    # the number of symbols.
+    answer: Literal["reverse", "sort", "sums"]
     # Whether an answer counts by its share of right symbols, or only when it is right as a whole.
     is_partial: bool
     # Mean reward that counts as learned.
     target: float
+    # At which on-policy runs take more than a thousand train steps.
+    learning_rate: float
 
     def answers(self, prompts: Tensor) -> Tensor:
         """[B, length] of [B, length]."""
-        return prompts.sort(dim=1).values if self.is_sorted else prompts.flip(1)
+        if self.answer == "sort":
+            return prompts.sort(dim=1).values
+        return prompts.flip(1) if self.answer == "reverse" else prompts.cumsum(1) % self.symbols
 
     def rewards(self, prompts: Tensor, replies: Tensor) -> Tensor:
         """[B] of [B, length] each."""
@@ -65,9 +71,9 @@ class Game:
 
 GAMES = (
     # Learned in a hundred steps: for a quick look.
-    Game("pair", symbols=4, length=2, is_sorted=False, is_partial=True, target=0.85),
-    Game("reverse", symbols=8, length=4, is_sorted=False, is_partial=True, target=0.9),
-    Game("sort", symbols=4, length=3, is_sorted=True, is_partial=False, target=0.9),
+    Game("pair", symbols=4, length=2, answer="reverse", is_partial=True, target=0.85, learning_rate=3e-3),
+    Game("sort", symbols=4, length=3, answer="sort", is_partial=False, target=0.9, learning_rate=5e-4),
+    Game("sums", symbols=4, length=3, answer="sums", is_partial=False, target=0.9, learning_rate=1e-3),
 )
 
 

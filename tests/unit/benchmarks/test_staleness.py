@@ -11,19 +11,19 @@ from benchmarks.staleness import Plan, Run, interval, judge, mean, train_spec
 from benchmarks.staleness_world import GAMES, Course, Setting, World
 from longshore.config import TrainSpec
 
-PLAN = Plan(("pair",), ("clip", "default"), (0, 64, 256), 2, 4000, 1024, 1e-3)
+PLAN = Plan(("pair",), ("clip", "default"), (0, 64, 256), 2, 4000, 1024, 1.0)
 TRAIN = TrainSpec(steps=8, groups_per_step=2, group_size=4, learning_rate=1e-2, objective="reinforce++")
 
 
 def test_games_have_the_answers_that_they_say():
-    pair, reverse, sort = GAMES
-    prompts = torch.tensor([[2, 0, 1, 3]])
-    assert reverse.answers(prompts).tolist() == [[3, 1, 0, 2]]
-    assert sort.answers(prompts).tolist() == [[0, 1, 2, 3]]
-    assert reverse.rewards(prompts, torch.tensor([[3, 1, 2, 2]])).tolist() == [0.75]
-    assert sort.rewards(prompts, torch.tensor([[0, 1, 2, 2]])).tolist() == [0.0]
-    assert sort.rewards(prompts, torch.tensor([[0, 1, 2, 3]])).tolist() == [1.0]
-    assert pair.is_partial
+    pair, sort, sums = GAMES
+    prompts = torch.tensor([[2, 0, 3]])
+    assert pair.answers(prompts).tolist() == [[3, 0, 2]]
+    assert sort.answers(prompts).tolist() == [[0, 2, 3]]
+    assert sums.answers(prompts).tolist() == [[2, 2, 1]]
+    assert pair.rewards(prompts, torch.tensor([[3, 0, 0]])).tolist() == pytest.approx([2 / 3])
+    assert sort.rewards(prompts, torch.tensor([[0, 2, 2]])).tolist() == [0.0]
+    assert sort.rewards(prompts, torch.tensor([[0, 2, 3]])).tolist() == [1.0]
 
 
 @pytest.mark.parametrize(("staleness", "versions"), [(0, [0, 1, 2, 3, 4, 5, 6, 7]), (3, [0, 0, 0, 0, 1, 2, 3, 4])])
@@ -121,7 +121,7 @@ def test_a_task_that_is_learned_too_soon_is_void():
 
 
 def test_all_candidates_have_the_same_rate_and_batches():
-    specs = [train_spec(name, PLAN) for name in PLAN.candidates]
+    specs = [train_spec(name, GAMES[1], replace(PLAN, rate=2.0)) for name in PLAN.candidates]
     assert {(spec.learning_rate, spec.batch_size, spec.steps, spec.warmup_steps) for spec in specs} == {
         (1e-3, 64, 4000, 32)
     }
