@@ -19,8 +19,10 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 CODEC = Path("services/longshore/weight_store/codec")
+_AVX2 = ["-mavx2", "-mbmi", "-mbmi2", "-mpopcnt"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 # By file, as native.py knows them: for any processor, and for most and for newer ones of x86-64.
-LIBRARIES = {"_kernel.so": [], "_kernel_v3.so": ["-march=x86-64-v3"], "_kernel_v4.so": ["-march=x86-64-v4"]}
+LIBRARIES: dict[str, list[str]] = {"_kernel.so": [], "_kernel_avx2.so": _AVX2, "_kernel_avx512.so": _AVX512}
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared")
 
 

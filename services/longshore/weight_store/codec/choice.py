@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from longshore.weight_store.codec import blocks
-from longshore.weight_store.codec.kernel import FORMATS, Bytes, Changes, Format, Kernel, Words, words
-from longshore.weight_store.codec.plan import Flags, Sparse, rows_of
+from longshore.weight_store.codec.kernel import FORMATS, Bytes, Changes, Format, Kernel, Scan, Words, words
+from longshore.weight_store.codec.plan import Cut, Flags, cut, rows_of
 from longshore.weight_store.payload import Tensor
 
 SAME, SPARSE, SPARSE_ROWS, BLOCKS = 0, 1, 2, 3
@@ -22,13 +22,13 @@ _SAMPLE_RUNS, _SAMPLE_RUN = 32, 512
 @dataclass(frozen=True)
 class Choice:
     mode: int
-    # For the sparse modes.
-    sparse: Sparse | None = None
-    changes: Changes | None = None
+    # Of a sparse one.
+    cut: Cut | None = None
+    scan: Scan | None = None
 
 
 def choose(kernel: Kernel, index: int, tensor: Tensor, old: Bytes, new: Bytes) -> Choice:
-    """For the tensor with that number in the layout."""
+    """For the tensor with that number in the layout; it is scanned while the processor's cache still holds it."""
     form = FORMATS[tensor.dtype]
     changes = kernel.compare(form, old, new)
     if not changes.total:
@@ -40,9 +40,8 @@ def choose(kernel: Kernel, index: int, tensor: Tensor, old: Bytes, new: Bytes) -
         if _sparse_bits(form, before, after) > 8 * _block_bytes(form, before, after):
             return Choice(BLOCKS)
     alive = _rows_that_changed(changes, rows, width)
-    if alive is None:
-        return Choice(SPARSE, Sparse(index, elements, None), changes)
-    return Choice(SPARSE_ROWS, Sparse(index, elements, alive), changes)
+    own = cut(index, elements, alive)
+    return Choice(SPARSE if alive is None else SPARSE_ROWS, own, kernel.scan(form, own, changes, old))
 
 
 def _rows_that_changed(changes: Changes, rows: int, width: int) -> Flags | None:

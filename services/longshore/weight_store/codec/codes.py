@@ -25,6 +25,8 @@ EXPONENTS = 256
 MAX_CLASSES = 16
 # Gap codes from here on are the range coder's.
 ADAPTIVE = 128
+# The last one of Golomb's: a gap always fits into what a reader has at hand.
+MAX_GOLOMB = 100
 UNUSED = 0
 UNIT = 0
 UNCHANGED = 255
@@ -43,6 +45,8 @@ class Model:
     # [classes, EXPONENTS]; UNUSED where nothing changed.
     gap: Codes
     step: Codes
+    # [classes, EXPONENTS]: changes.
+    counts: npt.NDArray[np.uint32]
 
 
 def fit(elements: Counts, changed: Counts, excess: Counts) -> Model:
@@ -56,23 +60,26 @@ def fit(elements: Counts, changed: Counts, excess: Counts) -> Model:
     total = changed.sum(1)
     moved = np.flatnonzero(total)
     if not len(moved):
-        return Model(np.full(len(total), UNCHANGED, np.uint8), *(np.zeros((0, EXPONENTS), np.uint8) for _ in range(2)))
+        none = np.zeros((0, EXPONENTS), np.uint8)
+        return Model(np.full(len(total), UNCHANGED, np.uint8), none, none, none.astype(np.uint32))
     used = np.flatnonzero(changed.any(0))
     n, k = (table[np.ix_(moved, used)].astype(np.float64) for table in (elements, changed))
     rate = k.sum(0) / np.maximum(n.sum(0), 1)
     # Of each piece, how much denser it is than its exponents let expect, in octaves.
     density = np.log2((k.sum(1) + 2) / (n @ rate + 2))
     best, least = np.zeros(len(moved), np.int64), np.inf
-    for per_octave in (0, 1, 2, 3):
-        labels = np.round(density * per_octave).astype(np.int64)
-        labels = _refined(n, k, np.clip(labels - int(np.median(labels)), -(MAX_CLASSES // 2), MAX_CLASSES // 2 - 1))
+    for per_octave in (0, 1, 2):
+        labels = np.round((density - np.median(density)) * per_octave).astype(np.int64)
+        if per_octave and not labels.any():
+            continue
+        labels = _refined(n, k, np.clip(labels, -(MAX_CLASSES // 2), MAX_CLASSES // 2 - 1))
         cost = _cost(n, k, labels)
         if cost < least:
             best, least = labels, cost
     classes = np.full(len(total), UNCHANGED, np.uint8)
     classes[moved] = best
     sums = [_sums(table[moved].astype(np.int64), best) for table in (elements, changed, excess)]
-    return Model(classes, _gap_codes(sums[0], sums[1]), _step_codes(sums[1], sums[2]))
+    return Model(classes, _gap_codes(sums[0], sums[1]), _step_codes(sums[1], sums[2]), sums[1].astype(np.uint32))
 
 
 def _sums(table: npt.NDArray[Any], labels: Ints) -> npt.NDArray[Any]:
@@ -85,7 +92,7 @@ def _sums(table: npt.NDArray[Any], labels: Ints) -> npt.NDArray[Any]:
 def _refined(n: Floats, k: Floats, labels: Ints) -> Ints:
     """Labels from 0 on, each piece moved to the class whose rates suit it best."""
     labels = np.unique(labels, return_inverse=True)[1]
-    for _ in range(2):
+    for _ in range(2 if labels.any() else 0):
         rate = (_sums(k, labels) + 1e-3) / (_sums(n, labels) + 2e-3)
         labels = np.argmin(-(k @ np.log2(rate).T + (n - k) @ np.log2(1 - rate).T), axis=1)
         labels = np.unique(labels, return_inverse=True)[1]
@@ -104,7 +111,7 @@ def _gap_codes(elements: Counts, changed: Counts) -> Codes:
     rate = np.clip(changed / np.maximum(elements, 1), 1e-9, 0.999)
     divisor = np.maximum(1.0, -1 / np.log2(1 - rate))
     steps = _DIVISORS.searchsorted(divisor)
-    golomb = 1 + np.minimum(steps, ADAPTIVE - 2)
+    golomb = 1 + np.minimum(steps, MAX_GOLOMB - 1)
     codes = np.where(4 * changed > elements, ADAPTIVE + np.minimum(rate * 64, 63).astype(np.int64), golomb)
     return np.where(changed > 0, codes, UNUSED).astype(np.uint8)
 
@@ -114,7 +121,7 @@ def _divisor(code: Ints) -> Floats:
 
 
 # Up to which divisor each code is the nearest, by ratio.
-_DIVISORS = np.sqrt(_divisor(np.arange(100)) * _divisor(np.arange(1, 101)))
+_DIVISORS = np.sqrt(_divisor(np.arange(MAX_GOLOMB)) * _divisor(np.arange(1, MAX_GOLOMB + 1)))
 
 
 def _step_codes(changed: Counts, excess: Counts) -> Codes:

@@ -7,21 +7,26 @@ as every element's exponent, is not sent. The base must be bit for bit the encod
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from longshore.errors import IntegrityError
 from longshore.weight_store.codec import blocks, choice, frame, kernels, sparse
-from longshore.weight_store.codec.choice import BLOCKS, SAME, SPARSE, SPARSE_ROWS
+from longshore.weight_store.codec.choice import BLOCKS, SAME, SPARSE, SPARSE_ROWS, Choice
+from longshore.weight_store.codec.codes import Model
 from longshore.weight_store.codec.kernel import FORMATS, Bytes, Format, Kernel
-from longshore.weight_store.codec.plan import Section, Sparse, rows_of, sections
+from longshore.weight_store.codec.plan import Cut, Section, cut, rows_of, sections
 from longshore.weight_store.payload import Tensor, TensorInfo
 
 CODEC = "longshore-delta/1"
 
 _MAGIC = b"LSD\x01"
+
+Allocate = Callable[[int], Bytes]
 
 
 def encode(base: Sequence[Tensor], new: Sequence[Tensor], threads: int = 1, *, kernel: Kernel | None = None) -> bytes:
@@ -33,28 +38,26 @@ def encode(base: Sequence[Tensor], new: Sequence[Tensor], threads: int = 1, *, k
     layout = frame.layout_digest(new)
     if frame.layout_digest(base) != layout:
         raise ValueError("base and new tensors differ in order, names, dtypes or shapes: publish a full encoding")
-    kernel = kernel or kernels.best()
-    old_bytes, new_bytes = (dict(enumerate(map(frame.bytes_of, tensors))) for tensors in (base, new))
-
-    def choose(index: int) -> choice.Choice:
-        return choice.choose(kernel, index, new[index], old_bytes[index], new_bytes[index])
-
-    choices, coded = _code_sparse(
-        threads, kernel, new, old_bytes, new_bytes, frame.each(threads, choose, range(len(new)))
+    own = kernel or kernels.best()
+    old_bytes, new_bytes = (list(map(frame.bytes_of, tensors)) for tensors in (base, new))
+    choices: Sequence[Choice] = frame.each(
+        threads,
+        lambda index: choice.choose(own, index, new[index], old_bytes[index], new_bytes[index]),
+        range(len(new)),
     )
-
-    fields: list[npt.NDArray[np.generic]] = [np.array([own.mode for own in choices], np.uint8)]
-    fields += [np.packbits(own.sparse.rows) for own in choices if own.sparse and own.sparse.rows is not None]
+    choices, coded = _sections(threads, own, new, choices)
+    fields: list[npt.NDArray[np.generic]] = [np.array([one.mode for one in choices], np.uint8)]
+    fields += [np.packbits(one.cut.rows) for one in choices if one.cut and one.cut.rows is not None]
     parts: list[bytes | memoryview] = []
     for section in coded:
         fields += section.fields()
         parts += section.streams
-    dense_tensors = [index for index, own in enumerate(choices) if own.mode == BLOCKS]
-    for made in frame.each(
-        threads,
-        lambda index: blocks.encode(FORMATS[new[index].dtype].width, new_bytes[index], old_bytes[index]),
-        dense_tensors,
-    ):
+
+    def in_blocks(index: int) -> list[blocks.Block]:
+        return blocks.encode(FORMATS[new[index].dtype].width, new_bytes[index], old_bytes[index])
+
+    dense = [index for index, one in enumerate(choices) if one.mode == BLOCKS]
+    for made in frame.each(threads, in_blocks, dense):
         for block in made:
             fields += block.fields()
             parts += block.parts
@@ -69,6 +72,7 @@ def decode(
     verify: bool = True,
     base_infos: Sequence[TensorInfo] | None = None,
     *,
+    allocate: Allocate | None = None,
     kernel: Kernel | None = None,
 ) -> list[Tensor]:
     """The tensors that `infos` describe: of those that did not change, base's own objects.
@@ -77,105 +81,165 @@ def decode(
     unchanged one that of `base_infos`, for a caller that has proven the base against them, else that of base's bytes.
     Whatever the payload is, it takes no more memory than `infos` tell and little besides, and ends.
 
+    Args:
+        allocate: gives the memory for a changed tensor of so many bytes, for callers that use theirs again; what it
+            held is overwritten. Else it is new.
+
     Raises:
         IntegrityError: naming the first thing that is wrong.
         ValueError: base has another layout than `infos`, or its bytes do not fit a shape.
     """
     if frame.layout_digest(base) != frame.layout_digest(infos):
         raise ValueError("base tensors and infos differ in order, names, dtypes or shapes")
-    kernel = kernel or kernels.best()
+    own = kernel or kernels.best()
+    contents = _read(payload, infos)
+    changed = np.flatnonzero(contents.modes != SAME).tolist()
+    targets = {
+        index: _Target(infos[index], frame.bytes_of(base[index]), (allocate or _new)(infos[index].num_bytes))
+        for index in changed
+    }
+    split = _split(contents.sections)
+    checked = targets.keys() - split if verify else set()
+    frame.each(threads, lambda coded: _fill_section(own, coded, targets, checked), contents.sections)
+    frame.each(threads, lambda index: _fill_blocks(contents.blocks[index], targets[index], verify), contents.blocks)
+    tensors = [
+        frame.tensor_of(info, targets[index].new) if index in targets else base[index]
+        for index, info in enumerate(infos)
+    ]
+    if verify:
+        frame.verify(threads, [tensors[index] for index in split], [infos[index] for index in split])
+        unchanged = [index for index in range(len(infos)) if index not in targets]
+        _verify_unchanged(threads, unchanged, base, infos, base_infos)
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """A section as it was read."""
+
+    form: Format
+    section: Section
+    model: Model
+    streams: Sequence[memoryview]
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """A payload, read but not decoded; blocks by tensor."""
+
+    modes: npt.NDArray[np.int64]
+    sections: Sequence[_Coded]
+    blocks: Mapping[int, Sequence[blocks.Stored]]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A tensor to fill."""
+
+    info: TensorInfo
+    old: Bytes
+    new: Bytes
+
+
+def _read(payload: bytes | memoryview, infos: Sequence[TensorInfo]) -> _Contents:
+    """Raises IntegrityError."""
     fields = frame.Fields(payload, _MAGIC, infos)
     modes = fields.take(len(infos))
-    work = _plan(infos, [_sparse(fields, index, info, int(modes[index])) for index, info in enumerate(infos)])
-    models = [sparse.read(fields, section) for _, section in work]
-    dense = {
+    cuts = [_read_cut(fields, index, info, int(modes[index])) for index, info in enumerate(infos)]
+    work = []
+    for form, section in _plan(infos, [one for one in cuts if one is not None]):
+        model, streams = sparse.read(fields, section)
+        work.append(_Coded(form, section, model, streams))
+    stored = {
         index: blocks.read(fields, FORMATS[info.dtype].width, info.num_bytes)
         for index, info in enumerate(infos)
         if modes[index] == BLOCKS
     }
     fields.finish()
-
-    changed = np.flatnonzero(modes != SAME).tolist()
-    old = {index: frame.bytes_of(base[index]) for index in changed}
-    made = {index: np.empty(infos[index].num_bytes, np.uint8) for index in changed}
-    for index in changed:
-        if modes[index] == SPARSE_ROWS:
-            made[index][:] = old[index]
-
-    def fill(number: int) -> None:
-        (form, section), (model, streams) = work[number], models[number]
-        if not kernel.decode(form, section, model, streams, old, made):
-            first, last = infos[section.tensor[0]].name, infos[section.tensor[-1]].name
-            raise IntegrityError(f"tensors {first} to {last}: the payload is damaged, or base is another version")
-
-    frame.each(threads, fill, range(len(work)))
-    frame.each(
-        threads,
-        lambda index: blocks.decode(
-            infos[index].name, FORMATS[infos[index].dtype].width, dense[index], made[index], old[index]
-        ),
-        dense,
-    )
-    tensors = [frame.tensor_of(info, made[index]) if index in made else base[index] for index, info in enumerate(infos)]
-    if verify:
-        _verify(threads, tensors, infos, made, base_infos)
-    return tensors
+    return _Contents(modes, work, stored)
 
 
-def _code_sparse(
-    threads: int,
-    kernel: Kernel,
-    new: Sequence[Tensor],
-    old_bytes: Mapping[int, Bytes],
-    new_bytes: Mapping[int, Bytes],
-    choices: Sequence[choice.Choice],
-) -> tuple[Sequence[choice.Choice], list[sparse.Encoded]]:
-    """The sections of what is sparse; tensors that were thought to be and are not are coded in blocks instead."""
-    changes = {index: own.changes for index, own in enumerate(choices) if own.changes is not None}
-    work = _plan(new, [own.sparse for own in choices])
-    coded = frame.each(threads, lambda own: sparse.encode(kernel, own[0], own[1], old_bytes, new_bytes, changes), work)
-    dense = {int(index) for own, made in zip(work, coded, strict=True) if made is None for index in own[1].tensor}
-    if not dense:
-        return choices, [made for made in coded if made is not None]
-    choices = [choice.Choice(BLOCKS) if index in dense else own for index, own in enumerate(choices)]
-    return _code_sparse(threads, kernel, new, old_bytes, new_bytes, choices)
-
-
-def _verify(
-    threads: int,
-    tensors: Sequence[Tensor],
-    infos: Sequence[TensorInfo],
-    changed: Mapping[int, Bytes],
-    base_infos: Sequence[TensorInfo] | None,
-) -> None:
-    if base_infos is None:
-        frame.verify(threads, tensors, infos)
-        return
-    for index, info in enumerate(infos):
-        if index not in changed and base_infos[index].blake3 != info.blake3:
-            raise IntegrityError(f"tensor {info.name} does not match its checksum: the payload leaves it unchanged")
-    frame.verify(threads, [tensors[index] for index in changed], [infos[index] for index in changed])
-
-
-def _sparse(fields: frame.Fields, index: int, info: TensorInfo, mode: int) -> Sparse | None:
-    """What the payload says of one tensor's rows. Raises IntegrityError."""
+def _read_cut(fields: frame.Fields, index: int, info: TensorInfo, mode: int) -> Cut | None:
+    """How one tensor is cut; None where it is not sparse. Raises IntegrityError."""
     if mode in (SAME, BLOCKS):
         return None
     rows, width = rows_of(info.shape)
     if mode == SPARSE:
-        return Sparse(index, rows * width, None)
+        return cut(index, rows * width, None)
     if mode == SPARSE_ROWS:
         packed = fields.take(-(-rows // 8)).astype(np.uint8)
-        return Sparse(index, rows * width, np.unpackbits(packed, count=rows).view(np.bool_))
+        return cut(index, rows * width, np.unpackbits(packed, count=rows).view(np.bool_))
     raise IntegrityError(f"tensor {info.name}: the payload has mode {mode} for it, which this version does not know")
 
 
-def _plan(
-    tensors: Sequence[Tensor] | Sequence[TensorInfo], own: Sequence[Sparse | None]
-) -> list[tuple[Format, Section]]:
+def _fill_section(kernel: Kernel, coded: _Coded, targets: Mapping[int, _Target], checked: Collection[int]) -> None:
+    """Each tensor of those `checked` is verified once it is full, while the processor's cache still holds it."""
+    decoder = kernel.decoder(coded.form, coded.model, sparse.elements(coded.section), coded.streams)
+    if decoder is None:
+        names = " to ".join(targets[part.cut.tensor].info.name for part in (coded.section[0], coded.section[-1]))
+        raise IntegrityError(f"tensors {names}: the payload's streams are damaged")
+    first = 0
+    for part in coded.section:
+        target = targets[part.cut.tensor]
+        if part.cut.rows is not None and part.pieces.start == 0:
+            target.new[:] = target.old
+        end = first + part.pieces.stop - part.pieces.start
+        decoder.fill(coded.form, part, coded.model.classes[first:end], target.old, target.new)
+        first = end
+        if part.cut.tensor in checked:
+            frame.verify_bytes(target.new.data, target.info)
+
+
+def _fill_blocks(stored: Sequence[blocks.Stored], target: _Target, verify: bool) -> None:
+    blocks.decode(target.info.name, FORMATS[target.info.dtype].width, stored, target.new, target.old)
+    if verify:
+        frame.verify_bytes(target.new.data, target.info)
+
+
+def _split(work: Sequence[_Coded]) -> list[int]:
+    """Tensors that lie in more sections than one."""
+    parts = [part for coded in work for part in coded.section]
+    return [after.cut.tensor for before, after in itertools.pairwise(parts) if before.cut is after.cut]
+
+
+def _new(size: int) -> Bytes:
+    return np.empty(size, np.uint8)
+
+
+def _verify_unchanged(
+    threads: int,
+    unchanged: Sequence[int],
+    base: Sequence[Tensor],
+    infos: Sequence[TensorInfo],
+    base_infos: Sequence[TensorInfo] | None,
+) -> None:
+    own = [infos[index] for index in unchanged]
+    if base_infos is None:
+        frame.verify(threads, [base[index] for index in unchanged], own)
+        return
+    for index, info in zip(unchanged, own, strict=True):
+        if base_infos[index].blake3 != info.blake3:
+            raise IntegrityError(f"tensor {info.name} does not match its checksum: the payload leaves it unchanged")
+
+
+def _sections(
+    threads: int, kernel: Kernel, tensors: Sequence[Tensor], choices: Sequence[Choice]
+) -> tuple[Sequence[Choice], list[sparse.Encoded]]:
+    """The sections of what is sparse; tensors that were thought to be and are not are coded in blocks instead."""
+    scans = {one.cut.tensor: one.scan for one in choices if one.cut is not None and one.scan is not None}
+    work = _plan(tensors, [one.cut for one in choices if one.cut is not None])
+    coded = frame.each(threads, lambda own: sparse.encode(kernel, own[0].width, own[1], scans), work)
+    dense = {part.cut.tensor for own, made in zip(work, coded, strict=True) if made is None for part in own[1]}
+    if not dense:
+        return choices, [made for made in coded if made is not None]
+    choices = [Choice(BLOCKS) if index in dense else one for index, one in enumerate(choices)]
+    return _sections(threads, kernel, tensors, choices)
+
+
+def _plan(tensors: Sequence[Tensor] | Sequence[TensorInfo], cuts: Sequence[Cut]) -> list[tuple[Format, Section]]:
     """The sections of all dtypes."""
     return [
         (form, section)
         for dtype, form in FORMATS.items()
-        for section in sections([one for one in own if one is not None and tensors[one.tensor].dtype == dtype])
+        for section in sections([own for own in cuts if tensors[own.tensor].dtype == dtype])
     ]

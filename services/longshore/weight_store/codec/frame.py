@@ -56,12 +56,15 @@ def each(threads: int, do: Callable[[T], R], items: Iterable[T]) -> list[R]:
         return list(pool.map(do, items))
 
 
+def verify_bytes(data: bytes | memoryview, info: TensorInfo) -> None:
+    """Raises IntegrityError when a tensor's bytes do not match its checksum."""
+    if blake3.blake3(data).digest() != info.blake3:
+        raise IntegrityError(f"tensor {info.name} does not match its checksum in the manifest")
+
+
 def verify(threads: int, tensors: Sequence[Tensor], infos: Sequence[TensorInfo]) -> None:
     """Raises IntegrityError for the first tensor that does not match its checksum."""
-    digests = each(threads, lambda tensor: blake3.blake3(tensor.data).digest(), tensors)
-    for digest, info in zip(digests, infos, strict=True):
-        if digest != info.blake3:
-            raise IntegrityError(f"tensor {info.name} does not match its checksum in the manifest")
+    each(threads, lambda own: verify_bytes(own[0].data, own[1]), zip(tensors, infos, strict=True))
 
 
 def pack(

@@ -1,31 +1,28 @@
 /* The sparse delta's inner loops. kernel_numpy.py does the same, byte for byte; codes.py tells what the streams mean.
 
-   Everything that a payload says is checked here or before it comes here: streams are read within their bounds, and
-   every loop ends with the elements of the segments, which the caller made from the tensors themselves. */
+   What a payload says is checked in sparse.py before it comes here, its streams are read within their bounds, and every
+   loop ends with the elements of the segments, which the caller made from the tensors themselves. */
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "simd.h"
 #include "streams.h"
-
-#define EXPONENTS 256
-#define BLOCK 64
+#include "tiles.h"
 
 /* A run of elements of one piece. */
 typedef struct {
     const uint8_t *a;
-    uint8_t *b; /* scan: the new tensor; decode: the tensor to fill */
+    uint8_t *b; /* fill: the tensor to fill */
     int64_t n;
     const uint64_t *changed; /* scan: a bit an element of the tensor */
     int64_t first;           /* scan: of the tensor's elements */
     int32_t piece;           /* scan: the piece's row of the tables */
-    int32_t class;           /* decode: the piece's; negative where nothing changed */
+    int32_t class;           /* fill: the piece's; negative where nothing changed */
 } segment;
 
 typedef struct {
-    uint32_t gap;      /* elements of the context before this one, since its last change or the piece's start */
+    uint32_t gap;      /* elements of the exponent before this one, since its last change or the piece's start */
     int32_t step;      /* |new| - |old|, as integers */
     uint32_t exponent; /* of the old value; FLIP is set where the sign changed */
 } event;
@@ -33,27 +30,29 @@ typedef struct {
 /* Of one piece, by exponent. */
 typedef struct {
     uint64_t changed[EXPONENTS], excess[EXPONENTS];
-    uint32_t elements[EXPONENTS]; /* only of the exponents that scan was told */
-    uint32_t tail[EXPONENTS];     /* of them, those after the last change */
+    uint32_t elements[EXPONENTS], tail[EXPONENTS]; /* all, and those after the last change */
 } table;
 
-/* The instruction set that this machine runs: 4, 3 or 0. */
+/* Which library runs here: 2 with AVX-512, 1 with AVX2, else 0. */
 int ls_level(void) {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"))
-        return 4;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt")) return 3;
-#endif
+    int one = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+              __builtin_cpu_supports("popcnt");
+    int two = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return one + (one && two);
+#else
     return 0;
+#endif
 }
-
-INLINE uint64_t first_bits(int64_t n) { return n >= 64 ? UINT64_MAX : (1ull << n) - 1; }
 
 /* ---- compare ---- */
 
-/* Sets a bit for every element that differs, and counts them by the exponent in `a`. Returns how many differ. */
-INLINE int64_t compare(const uint8_t *a, const uint8_t *b, int64_t n, format f, uint64_t *changed, uint64_t *counts) {
-    int64_t found = 0;
+/* Sets a bit for every element that differs, lists those of `b`, and counts them by the exponent in `a`. Returns how
+   many there are. */
+INLINE int64_t compare(const uint8_t *a, const uint8_t *b, int64_t n, format f, uint64_t *changed, uint8_t *values,
+                       uint64_t *counts) {
+    const uint8_t *start = values;
     for (int64_t i = 0; i < n; i += BLOCK) {
         uint64_t bits = 0;
         if (n - i >= BLOCK) {
@@ -63,299 +62,332 @@ INLINE int64_t compare(const uint8_t *a, const uint8_t *b, int64_t n, format f, 
                 bits |= (uint64_t)(element(a + k * f.width, f.width) != element(b + k * f.width, f.width)) << (k - i);
         }
         changed[i / BLOCK] = bits;
-        found += __builtin_popcountll(bits);
-        for (; bits; bits &= bits - 1)
-            counts[element(a + (i + __builtin_ctzll(bits)) * f.width, f.width) >> f.shift & f.mask]++;
+        for (; bits; bits &= bits - 1, values += f.width) {
+            int64_t k = (i + __builtin_ctzll(bits)) * f.width;
+            counts[element(a + k, f.width) >> f.shift & f.mask]++;
+            memcpy(values, b + k, (size_t)f.width);
+        }
     }
-    return found;
+    return (values - start) / f.width;
 }
 
 int64_t ls_compare(const uint8_t *a, const uint8_t *b, int64_t n, int shift, uint32_t mask, int width,
-                   uint64_t *changed, uint64_t *counts) {
-    if (width == 4) return compare(a, b, n, (format){4, shift, mask}, changed, counts);
-    return compare(a, b, n, (format){2, shift, mask}, changed, counts);
+                   uint64_t *changed, uint8_t *values, uint64_t *counts) {
+    if (width == 4) return compare(a, b, n, (format){4, shift, mask}, changed, values, counts);
+    return compare(a, b, n, (format){2, shift, mask}, changed, values, counts);
 }
 
 /* ---- scan: what changed, where, by how much ---- */
 
 typedef struct {
-    uint8_t common[EXPONENTS]; /* exponents to count in every block */
+    uint8_t common[EXPONENTS]; /* exponents that are counted in every tile */
     int commons;
-    uint32_t limit; /* exponents from 1 to below it are rare: counted one by one */
+    tiers tiers;
     event *events;
+    const uint8_t *values;
+    uint16_t before[EXPONENTS][BLOCKS]; /* of the tile, by row */
+    uint16_t row[EXPONENTS];            /* 1 + row of an exponent; 0: it has none in this tile */
 } scanner;
 
-static void record(scanner *s, table *t, const uint32_t *seen, uint32_t rank, uint32_t old, uint32_t new, uint32_t e,
-                   uint32_t top) {
+/* `seen`: elements of the exponent before this one in the piece. */
+INLINE void record(event *to, table *t, uint32_t seen, uint32_t old, uint32_t new, uint32_t exponent, uint32_t top) {
     uint32_t flip = ((old ^ new) & top) != 0;
     int32_t step = (int32_t)(new & (top - 1)) - (int32_t)(old & (top - 1));
-    *s->events++ = (event){seen[e] + rank - t->tail[e], step, e | (flip ? FLIP : 0)};
-    t->changed[e]++;
-    t->excess[e] += (uint64_t)(step < 0 ? -(int64_t)step : step) + 2 * flip - 1;
-    /* For now: the number of the next element. */
-    t->tail[e] = seen[e] + rank + 1;
+    *to = (event){seen - t->tail[exponent], step, exponent | (flip ? FLIP : 0)};
+    t->changed[exponent]++;
+    t->excess[exponent] += (uint64_t)(step < 0 ? -(int64_t)step : step) + 2 * flip - 1;
+    /* Until the piece ends: those before the next one. */
+    t->tail[exponent] = seen + 1;
 }
 
-INLINE void scan_segment(scanner *s, const segment *g, table *t, format f) {
-    uint32_t *seen = t->elements;
-    for (int64_t i = 0; i < g->n; i += BLOCK) {
-        const uint8_t *a = g->a + i * f.width;
-        uint8_t whole[BLOCK * 4];
-        uint64_t valid = first_bits(g->n - i);
-        if (valid != UINT64_MAX) {
-            memset(whole, 0, sizeof(whole));
-            memcpy(whole, a, (size_t)((g->n - i) * f.width));
-            a = whole;
-        }
-        exponents e = load_exponents(a, f);
-        int64_t at = g->first + i;
-        uint64_t bits = g->changed[at / 64] >> (at % 64);
-        if (at % 64) bits |= g->changed[at / 64 + 1] << (64 - at % 64);
-        for (bits &= valid; bits; bits &= bits - 1) {
+/* `at`: the first element's number in the tensor. */
+INLINE void scan_tile(scanner *s, table *t, const uint8_t *a, int64_t n, const uint64_t *changed, int64_t at,
+                      format f) {
+    tile own;
+    uint32_t counts[EXPONENTS];
+    load_tile(&own, a, n, f);
+    memset(s->row, 0, sizeof(s->row));
+    int rows = 0;
+    for (; rows < s->commons; rows++) {
+        counts[rows] = count_tile(&own, s->common[rows], s->before[rows]);
+        s->row[s->common[rows]] = (uint16_t)(rows + 1);
+    }
+    for (int j = 0; j < own.blocks; j++, at += BLOCK) {
+        uint64_t bits = changed[at / 64] >> (at % 64);
+        if (at % 64) bits |= changed[at / 64 + 1] << (64 - at % 64);
+        for (bits &= valid(&own, j); bits; bits &= bits - 1) {
             int k = __builtin_ctzll(bits);
-            uint32_t old = element(a + k * f.width, f.width), new = element(g->b + (i + k) * f.width, f.width);
-            uint32_t own = old >> f.shift & f.mask;
-            uint32_t rank = (uint32_t)__builtin_popcountll(equal(e, own) & first_bits(k));
-            record(s, t, seen, rank, old, new, own, 1u << (8 * f.width - 1));
+            uint32_t old = element(a + (j * BLOCK + k) * f.width, f.width), new = element(s->values, f.width);
+            uint32_t e = old >> f.shift & f.mask;
+            s->values += f.width;
+            if (__builtin_expect(!s->row[e], 0)) {
+                count_tile(&own, e, s->before[rows]);
+                s->row[e] = (uint16_t)++rows;
+            }
+            uint32_t seen = t->elements[e] + s->before[s->row[e] - 1][j] +
+                            (uint32_t)__builtin_popcountll(equal(own.block[j], e) & first_bits(k));
+            record(s->events++, t, seen, old, new, e, 1u << (8 * f.width - 1));
         }
-        for (int k = 0; k < s->commons; k++)
-            seen[s->common[k]] += (uint32_t)__builtin_popcountll(equal(e, s->common[k]) & valid);
-        for (uint64_t rare = between(e, s->limit) & valid; rare; rare &= rare - 1)
-            seen[element(a + __builtin_ctzll(rare) * f.width, f.width) >> f.shift & f.mask]++;
+    }
+    for (int k = 0; k < s->commons; k++) t->elements[s->common[k]] += counts[k];
+    for (int j = 0; j < own.blocks; j++) {
+        uint64_t rare = ~within(own.block[j], s->tiers.low, s->tiers.high) & valid(&own, j);
+        if (s->tiers.zeros) rare &= ~equal(own.block[j], 0);
+        for (; rare; rare &= rare - 1)
+            t->elements[element(a + (j * BLOCK + __builtin_ctzll(rare)) * f.width, f.width) >> f.shift & f.mask]++;
     }
 }
 
-/* `used`: whether an exponent's elements are to be counted; those below `limit` always are. Room for an event a change
-   is at `events`. Returns how many there were. */
-int64_t ls_scan(const segment *segments, int64_t count, table *tables, int64_t pieces, event *events,
-                const uint8_t *used, uint32_t limit, int shift, uint32_t mask, int width) {
-    scanner s = {.events = events, .limit = limit};
-    for (int i = 0; i < EXPONENTS; i++)
-        if (used[i] && (i == 0 || (uint32_t)i >= limit)) s.common[s.commons++] = (uint8_t)i;
-    for (int64_t i = 0; i < count; i++) {
-        table *t = tables + segments[i].piece;
-        if (width == 4)
-            scan_segment(&s, &segments[i], t, (format){4, shift, mask});
-        else
-            scan_segment(&s, &segments[i], t, (format){2, shift, mask});
-    }
-    for (table *t = tables; t < tables + pieces; t++)
+INLINE int64_t scan(const segment *segments, int64_t count, const uint8_t *values, table *tables, event *events,
+                    format f) {
+    if (!count) return 0;
+    scanner s = {.tiers = tiers_of(segments->a, segments->n, f), .events = events, .values = values};
+    for (uint32_t i = s.tiers.low; i <= s.tiers.high; i++) s.common[s.commons++] = (uint8_t)i;
+    if (s.tiers.zeros) s.common[s.commons++] = 0;
+    for (const segment *g = segments; g != segments + count; g++) {
+        table *t = tables + g->piece;
+        for (int64_t i = 0; i < g->n; i += BLOCKS * BLOCK) {
+            int64_t n = g->n - i < BLOCKS * BLOCK ? g->n - i : BLOCKS * BLOCK;
+            scan_tile(&s, t, g->a + i * f.width, n, g->changed, g->first + i, f);
+        }
+        if (g + 1 != segments + count && g[1].piece == g->piece) continue;
         for (int i = 0; i < EXPONENTS; i++) t->tail[i] = t->elements[i] - t->tail[i];
+    }
     return s.events - events;
+}
+
+/* Segments of one tensor, in the order of their pieces. `values` are those that changed, new; room for an event each is
+   at `events`. Returns how many there were. */
+int64_t ls_scan(const segment *segments, int64_t count, const uint8_t *values, table *tables, event *events, int shift,
+                uint32_t mask, int width) {
+    if (width == 4) return scan(segments, count, values, tables, events, (format){4, shift, mask});
+    return scan(segments, count, values, tables, events, (format){2, shift, mask});
 }
 
 /* ---- emit: a section's streams ---- */
 
+/* Puts the events of some pieces where they belong among all of the section, by context, and lets gaps go on from piece
+   to piece: `ends` says where each context's next event goes, `rest` how many of its elements came since the last. */
+void ls_sort(const event *events, const table *tables, const int32_t *classes, int64_t pieces, event *sorted,
+             int64_t *ends, uint32_t *rest) {
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        const table *t = &tables[piece];
+        if (classes[piece] < 0) continue;
+        int64_t *to = ends + classes[piece] * EXPONENTS;
+        uint32_t *own = rest + classes[piece] * EXPONENTS;
+        uint64_t changed = 0;
+        for (int i = 0; i < EXPONENTS; i++) changed += t->changed[i];
+        for (; changed; changed--, events++) {
+            uint32_t exponent = events->exponent % EXPONENTS;
+            sorted[to[exponent]++] = (event){events->gap + own[exponent], events->step, events->exponent};
+            own[exponent] = 0;
+        }
+        for (int i = 0; i < EXPONENTS; i++) own[i] += t->tail[i];
+    }
+}
+
 typedef struct {
-    const table *tables;
-    const int32_t *classes;
-    int64_t pieces;
-    event *events; /* their gaps are overwritten */
-    int64_t count;
-    const code *codes; /* [contexts] = [classes][EXPONENTS] */
+    const event *events; /* by context */
+    const code *codes;   /* [contexts] = [classes][EXPONENTS] */
+    const uint32_t *counts;
     int64_t contexts;
     uint8_t *bits, *ranges;
     int64_t bits_size, ranges_size; /* room; then what was written */
 } emission;
 
-/* From gaps within pieces to the gap that follows each event in the section; `rest` becomes the first gaps. */
-static void link_gaps(const emission *e, uint32_t *rest) {
-    event *one = e->events + e->count;
-    for (int64_t piece = e->pieces - 1; piece >= 0; piece--) {
-        const table *t = &e->tables[piece];
-        if (e->classes[piece] < 0) continue;
-        uint32_t *own = rest + e->classes[piece] * EXPONENTS;
-        uint64_t changed = 0;
-        for (int i = 0; i < EXPONENTS; i++) own[i] += t->tail[i], changed += t->changed[i];
-        for (; changed; changed--) {
-            one--;
-            uint32_t *context = &own[one->exponent % EXPONENTS], before = one->gap;
-            one->gap = *context;
-            *context = before;
-        }
-    }
-}
-
-/* Returns 0 when the streams do not fit. */
+/* Returns 0 when the streams do not fit, -1 without memory. */
 int ls_emit(emission *e) {
-    uint32_t *rest = calloc((size_t)e->contexts + 1, sizeof(uint32_t));
     writer *w = calloc(1, sizeof(writer));
-    int done = 0;
-    if (!rest || !w) goto end;
-    w->bits = (bit_writer){e->bits, e->bits + e->bits_size, 0, 0, 0};
+    if (!w) return -1;
+    w->bits = (bit_writer){e->bits, e->bits + e->bits_size - 8, 0, 0, 0};
     w->ranges = (range_encoder){e->ranges, e->ranges + e->ranges_size, 0, UINT32_MAX, 0, 1, 0, 0};
     reset(&w->bins);
-    link_gaps(e, rest);
-    for (int64_t i = 0; i < e->contexts; i++)
-        if (e->codes[i].gap) write_gap(w, e->codes[i].gap, rest[i]);
     const event *one = e->events;
-    for (int64_t piece = 0; piece < e->pieces; piece++) {
-        if (e->classes[piece] < 0) continue;
-        const code *codes = e->codes + e->classes[piece] * EXPONENTS;
-        uint64_t changed = 0;
-        for (int i = 0; i < EXPONENTS; i++) changed += e->tables[piece].changed[i];
-        for (; changed && !w->bits.full && !w->ranges.full; changed--, one++) {
-            code c = codes[one->exponent % EXPONENTS];
-            write_step(w, c.step, one->step, one->exponent >= FLIP);
-            write_gap(w, c.gap, one->gap);
+    for (int64_t i = 0; i < e->contexts; i++) {
+        if (!e->counts[i]) continue;
+        plan own = plan_of(e->codes[i]);
+        for (const event *end = one + e->counts[i]; one != end && !w->bits.full && !w->ranges.full; one++) {
+            write_gap(w, &own, one->gap);
+            write_step(w, own.step, one->step, one->exponent >= FLIP);
         }
     }
     if (w->bits.count) put(&w->bits, 0, 8 - w->bits.count);
     for (int i = 0; i < 5 && w->ranges.used; i++) shift_low(&w->ranges);
-    done = !w->bits.full && !w->ranges.full;
+    int done = !w->bits.full && !w->ranges.full;
     e->bits_size = w->bits.p - e->bits;
     e->ranges_size = w->ranges.p - e->ranges;
-end:
-    free(rest);
     free(w);
     return done;
 }
 
-/* ---- decode ---- */
+/* ---- read: a section's changes, by context ---- */
 
-/* One class's contexts. Of the rare ones, elements are counted one by one; of the common ones, in every block. */
+typedef struct {
+    uint32_t gap;
+    uint32_t by; /* what the value changes by: its magnitude in the lower bits, its sign in the highest */
+} change;
+
+typedef struct {
+    const code *codes;
+    const uint32_t *counts;
+    int64_t contexts, elements;
+    const uint8_t *bits, *ranges;
+    int64_t bits_size, ranges_size;
+    change *changes; /* of each context that has any, as many as counted and one more, which never comes */
+    uint32_t top;
+} reading;
+
+enum { NEVER = INT32_MAX };
+
+/* Returns whether the stream of bits is as long as what was read, or -1 without memory. */
+int ls_read(const reading *in) {
+    reader *r = calloc(1, sizeof(reader));
+    if (!r) return -1;
+    r->bits = (bit_reader){in->bits, in->bits + in->bits_size, 0, 0, 0};
+    r->ranges = (range_decoder){in->ranges, in->ranges + in->ranges_size, 0, 0, 0};
+    r->budget = in->elements;
+    reset(&r->bins);
+    change *to = in->changes;
+    for (int64_t i = 0; i < in->contexts; i++) {
+        if (!in->counts[i]) continue;
+        plan own = plan_of(in->codes[i]);
+        change *end = to + in->counts[i];
+        if (own.m && own.step == UNIT) {
+            for (; to != end; to++) {
+                refill(&r->bits);
+                to->gap = read_golomb(&r->bits, &own);
+                to->by = take(&r->bits, 1) ? in->top - 1 : 1;
+            }
+        } else {
+            for (; to != end; to++) {
+                refill(&r->bits);
+                to->gap = own.m ? read_golomb(&r->bits, &own) : read_adaptive(r, own.gap);
+                to->by = read_step(r, own.step, in->top);
+            }
+        }
+        *to++ = (change){NEVER, 0};
+    }
+    /* Whole bytes that were read ahead are given back. */
+    int right = r->bits.p - r->bits.count / 8 + r->bits.beyond == r->bits.end;
+    free(r);
+    return right;
+}
+
+/* ---- fill: a tensor's part of a section ---- */
+
+/* One class's contexts, by exponent. */
+typedef struct {
+    int64_t until[EXPONENTS];      /* elements before the next change */
+    const change *next[EXPONENTS]; /* NULL where there never is one */
+} contexts;
+
+/* Makes room for so many classes what ls_fill needs. */
+void ls_start(contexts *all, const uint32_t *counts, int64_t classes, const change *changes) {
+    for (int64_t i = 0; i < classes * EXPONENTS; i++) {
+        contexts *c = &all[i / EXPONENTS];
+        c->next[i % EXPONENTS] = counts[i] ? changes : NULL;
+        c->until[i % EXPONENTS] = counts[i] ? changes->gap : NEVER;
+        if (counts[i]) changes += counts[i] + 1;
+    }
+}
+
+/* Which exponents are counted in whole blocks, and from which to which others change: those are gone through singly. */
 typedef struct {
     uint8_t common[EXPONENTS];
     int commons;
-    uint32_t limit;              /* exponents from 1 to below it are rare */
-    int32_t until[EXPONENTS];    /* of a common one, by its place in `common`: elements before its next change */
-    int32_t rare[EXPONENTS];     /* of a rare one, by exponent */
-    code codes[EXPONENTS];
-} contexts;
+    uint32_t low, high; /* none where high < low */
+    int zeros;          /* exponent 0 is not among them */
+} course;
 
-enum { RARE_DIVISOR = 12 };
-
-/* Reads the class's first gaps. Small values change often, and are rare: where the ones end and the others begin shows
-   in the codes. */
-static void start(contexts *c, const code *codes, reader *r) {
-    memcpy(c->codes, codes, sizeof(c->codes));
-    c->limit = 1;
-    for (int i = 1, often = 0, most = 0; i < EXPONENTS - 1; i++) {
-        if (!codes[i].gap) continue;
-        often += codes[i].gap >= ADAPTIVE || divisor(codes[i].gap).m <= RARE_DIVISOR ? 1 : -1;
-        if (often > most) most = often, c->limit = (uint32_t)i + 1;
-    }
-    for (int i = 0; i < EXPONENTS; i++) {
-        c->rare[i] = INT32_MAX;
-        if (!codes[i].gap) continue;
-        int32_t gap = (int32_t)read_gap(r, codes[i].gap);
-        if (i && (uint32_t)i < c->limit) {
-            c->rare[i] = gap;
+INLINE course course_of(const contexts *c, const uint8_t *a, int64_t n, format f) {
+    tiers t = tiers_of(a, n, f);
+    course own = {.low = t.low, .high = 0, .zeros = t.zeros};
+    for (uint32_t i = 0; i < EXPONENTS; i++) {
+        if (!c->next[i]) continue;
+        if ((i || t.zeros) && (i >= t.low || !i)) {
+            own.common[own.commons++] = (uint8_t)i;
         } else {
-            c->until[c->commons] = gap;
-            c->common[c->commons++] = (uint8_t)i;
+            own.low = i < own.low ? i : own.low;
+            own.high = i > own.high ? i : own.high;
         }
     }
+    if (own.low == t.low) own.low = 1, own.high = 0;
+    return own;
 }
 
-/* The common contexts that change in a block. */
-typedef struct {
-    uint64_t left[EXPONENTS]; /* the context's elements that are not behind yet */
-    uint8_t slot[EXPONENTS], at[EXPONENTS];
-    int count;
-} due_list;
-
-INLINE int next_of(const due_list *due) {
-    int best = 0;
-    for (int k = 1; k < due->count; k++)
-        if (due->at[k] < due->at[best]) best = k;
-    return best;
-}
-
-INLINE void change(const uint8_t *a, uint8_t *b, int k, uint8_t step_code, reader *r, format f) {
-    uint32_t new = read_step(r, step_code, element(a + k * f.width, f.width), 1u << (8 * f.width - 1));
-    memcpy(b + k * f.width, &new, (size_t)f.width);
-}
-
-/* Changes the due context's element, and finds its next one. */
-INLINE void change_due(contexts *c, due_list *due, int which, const uint8_t *a, uint8_t *b, reader *r, format f) {
-    int slot = due->slot[which], k = due->at[which];
-    code own = c->codes[c->common[slot]];
-    change(a, b, k, own.step, r, f);
-    int32_t gap = (int32_t)read_gap(r, own.gap);
-    uint64_t left = due->left[which] & ~first_bits(k + 1);
-    int32_t n = __builtin_popcountll(left);
-    if (gap < n) {
-        due->left[which] = left;
-        due->at[which] = (uint8_t)place(left, (uint32_t)gap);
-        return;
-    }
-    c->until[slot] = gap - n;
-    due->count--;
-    due->left[which] = due->left[due->count];
-    due->slot[which] = due->slot[due->count];
-    due->at[which] = due->at[due->count];
-}
-
-/* `b` holds what `a` does already; both have 64 elements, of which the valid ones count. */
-INLINE void decode_block(contexts *c, const uint8_t *a, uint8_t *b, uint64_t valid, reader *r, format f) {
-    exponents e = load_exponents(a, f);
-    due_list due;
-    due.count = 0;
-    for (int slot = 0; slot < c->commons; slot++) {
-        uint64_t own = equal(e, c->common[slot]) & valid;
-        int32_t until = c->until[slot], n = __builtin_popcountll(own);
-        if (__builtin_expect(until < n, 0)) {
-            due.left[due.count] = own;
-            due.slot[due.count] = (uint8_t)slot;
-            due.at[due.count++] = (uint8_t)place(own, (uint32_t)until);
-        } else {
-            c->until[slot] = until - n;
-        }
-    }
-    for (uint64_t rare = between(e, c->limit) & valid; rare; rare &= rare - 1) {
-        int k = __builtin_ctzll(rare);
-        uint32_t own = element(a + k * f.width, f.width) >> f.shift & f.mask;
-        if (--c->rare[own] >= 0) continue;
-        /* Changes are written in the elements' order. */
-        for (int which; due.count && due.at[which = next_of(&due)] < k;) change_due(c, &due, which, a, b, r, f);
-        change(a, b, k, c->codes[own].step, r, f);
-        c->rare[own] = (int32_t)read_gap(r, c->codes[own].gap);
-    }
-    while (due.count) change_due(c, &due, next_of(&due), a, b, r, f);
-}
-
-INLINE void decode_segment(contexts *c, const segment *g, reader *r, format f) {
+/* Not memcpy, of which compilers make a slow instruction where they do not know the size. */
+INLINE void copy(uint8_t *to, const uint8_t *from, int64_t size) {
     int64_t i = 0;
-    for (; i + BLOCK <= g->n; i += BLOCK) {
-        memcpy(g->b + i * f.width, g->a + i * f.width, (size_t)(BLOCK * f.width));
-        decode_block(c, g->a + i * f.width, g->b + i * f.width, UINT64_MAX, r, f);
-    }
-    if (i == g->n) return;
-    uint8_t old[BLOCK * 4] = {0}, new[BLOCK * 4];
-    size_t size = (size_t)((g->n - i) * f.width);
-    memcpy(old, g->a + i * f.width, size);
-    memcpy(new, old, sizeof(new));
-    decode_block(c, old, new, first_bits(g->n - i), r, f);
-    memcpy(g->b + i * f.width, new, size);
+    for (; i + 64 <= size; i += 64) memcpy(to + i, from + i, 64);
+    for (; i < size; i++) to[i] = from[i];
 }
 
-/* Fills the segments' `b`. Returns 1 when the stream of bits has the length that was read, 0 when not, -1 without
-   memory. Streams: bits, ranges. */
-int ls_decode(const segment *segments, int64_t count, const code *codes, int64_t classes,
-              const uint8_t *const streams[2], const int64_t sizes[2], int shift, uint32_t mask, int width) {
-    contexts *all = calloc((size_t)classes + 1, sizeof(contexts));
-    reader *r = calloc(1, sizeof(reader));
-    int right = -1;
-    if (!all || !r) goto end;
-    r->bits = (bit_reader){streams[0], streams[0] + sizes[0], 0, 0, 0};
-    r->ranges = (range_decoder){streams[1], streams[1] + sizes[1], 0, 0, 0};
-    reset(&r->bins);
-    r->budget = 1;
-    for (int64_t i = 0; i < count; i++) r->budget += segments[i].n;
-    for (int64_t i = 0; i < classes; i++) start(&all[i], codes + i * EXPONENTS, r);
-    for (const segment *g = segments; g != segments + count; g++) {
-        if (g->class < 0)
-            memcpy(g->b, g->a, (size_t)(g->n * width));
-        else if (width == 4)
-            decode_segment(&all[g->class], g, r, (format){4, shift, mask});
-        else
-            decode_segment(&all[g->class], g, r, (format){2, shift, mask});
+INLINE void apply(const change *own, const uint8_t *a, uint8_t *b, int64_t i, int width) {
+    uint32_t top = 1u << (8 * width - 1), old = element(a + i * width, width);
+    uint32_t new = ((old + own->by) & (top - 1)) | ((old ^ own->by) & top);
+    memcpy(b + i * width, &new, (size_t)width);
+}
+
+/* n: from 1 to BLOCKS * BLOCK elements; `b` holds what `a` does. */
+INLINE void fill_tile(contexts *c, const course *way, const uint8_t *a, uint8_t *b, int64_t n, format f) {
+    tile own;
+    uint16_t before[BLOCKS];
+    load_tile(&own, a, n, f);
+    for (int slot = 0; slot < way->commons; slot++) {
+        uint32_t exponent = way->common[slot];
+        int64_t count = count_tile(&own, exponent, before), until = c->until[exponent];
+        const change *next = c->next[exponent];
+        while (until < count) {
+            /* The last block that has not more elements before it. */
+            int j = 0;
+            for (int half = BLOCKS / 2; half; half /= 2) j += before[j + half] <= until ? half : 0;
+            apply(next, a, b, j * BLOCK + place(equal(own.block[j], exponent), (uint32_t)(until - before[j])), f.width);
+            next++;
+            until += 1 + (int64_t)next->gap;
+        }
+        c->next[exponent] = next;
+        c->until[exponent] = until - count;
     }
-    /* Whole bytes that were read ahead are given back. */
-    right = r->bits.p - r->bits.count / 8 + r->bits.beyond == r->bits.end;
-end:
-    free(all);
-    free(r);
-    return right;
+    if (way->high < way->low) return;
+    for (int j = 0; j < own.blocks; j++) {
+        uint64_t rare = within(own.block[j], way->low, way->high) & valid(&own, j);
+        if (way->zeros) rare &= ~equal(own.block[j], 0);
+        for (; rare; rare &= rare - 1) {
+            int64_t i = j * BLOCK + __builtin_ctzll(rare);
+            uint32_t exponent = element(a + i * f.width, f.width) >> f.shift & f.mask;
+            if (--c->until[exponent] >= 0) continue;
+            apply(c->next[exponent]++, a, b, i, f.width);
+            c->until[exponent] = c->next[exponent]->gap;
+        }
+    }
+}
+
+INLINE void fill_segment(contexts *c, const course *way, const segment *g, format f) {
+    for (int64_t i = 0; i < g->n; i += BLOCKS * BLOCK) {
+        int64_t n = g->n - i < BLOCKS * BLOCK ? g->n - i : BLOCKS * BLOCK;
+        copy(g->b + i * f.width, g->a + i * f.width, n * f.width);
+        fill_tile(c, way, g->a + i * f.width, g->b + i * f.width, n, f);
+    }
+}
+
+INLINE void fill(contexts *all, const segment *segments, int64_t count, format f) {
+    int64_t class = -1;
+    course way;
+    for (const segment *g = segments; g != segments + count; g++) {
+        if (g->class < 0) {
+            memcpy(g->b, g->a, (size_t)(g->n * f.width));
+            continue;
+        }
+        if (g->class != class) way = course_of(&all[g->class], g->a, g->n, f);
+        class = g->class;
+        fill_segment(&all[class], &way, g, f);
+    }
+}
+
+/* Fills the `b` of the section's next segments. */
+void ls_fill(contexts *all, const segment *segments, int64_t count, int shift, uint32_t mask, int width) {
+    if (width == 4)
+        fill(all, segments, count, (format){4, shift, mask});
+    else
+        fill(all, segments, count, (format){2, shift, mask});
 }

@@ -5,15 +5,15 @@ Both kernels give the same bytes. What the streams mean is told in codes.py and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from longshore.weight_store.codec.codes import EXPONENTS, Model
-from longshore.weight_store.codec.plan import Section
+from longshore.weight_store.codec.codes import EXPONENTS, Codes, Model
+from longshore.weight_store.codec.plan import Cut, Part
 
 Bytes = npt.NDArray[np.uint8]
 # Elements as unsigned numbers of 16 or 32 bits.
@@ -26,7 +26,7 @@ def words(width: int, data: Bytes) -> Words:
     return data.view(np.uint16 if width == 2 else np.uint32)
 
 
-# One change, in its lane's order: elements of the context since its last change in the piece (or the piece's start);
+# One change: elements of the context since its last change in the piece (or the piece's start);
 # |new| - |old| as integers; the old value's exponent, and FLIP where the sign changed.
 EVENT = np.dtype([("gap", "<u4"), ("step", "<i4"), ("exponent", "<u4")])
 FLIP = EXPONENTS
@@ -54,49 +54,41 @@ class Changes:
 
     # A bit an element, the lowest first, and a word of zeros at the end.
     bits: npt.NDArray[np.uint64]
+    # The new values there, in order.
+    values: Bytes
     # [EXPONENTS]: how many changed, by the old value's exponent.
     counts: npt.NDArray[np.int64]
-
-    @property
-    def total(self) -> int:
-        return int(self.counts.sum())
+    total: int
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What changed in a section."""
+    """What changed in some pieces."""
 
-    # Of EVENT, in the elements' order; and the section's pieces, of TABLE.
+    # Of EVENT, in the elements' order.
     events: Rows
+    # [pieces] of TABLE.
     tables: Rows
 
 
+class Decoder(Protocol):
+    """One section's changes."""
+
+    def fill(self, form: Format, part: Part, classes: Codes, old: Bytes, new: Bytes) -> None:
+        """Fills the section's next part of a tensor. `classes`: of the part's pieces."""
+
+
 class Kernel(Protocol):
-    """Tensors are given by their number in the layout, as arrays of bytes."""
+    """Tensors are arrays of bytes."""
 
     def compare(self, form: Format, old: Bytes, new: Bytes) -> Changes:
         """Both hold as many elements."""
 
-    def scan(
-        self,
-        form: Format,
-        section: Section,
-        old: Mapping[int, Bytes],
-        new: Mapping[int, Bytes],
-        changes: Mapping[int, Changes],
-    ) -> Scan:
-        """The section's changes. Elements are counted at least of the exponents of which something changed."""
+    def scan(self, form: Format, cut: Cut, changes: Changes, old: Bytes) -> Scan:
+        """A tensor's changes."""
 
-    def emit(self, scan: Scan, model: Model, room: int) -> list[bytes] | None:
-        """Two streams; None when one would be longer than `room`. Spoils the scan's events."""
+    def emit(self, scans: Sequence[Scan], model: Model, room: int) -> list[bytes] | None:
+        """A section's two streams, of its pieces' scans; None when one would be longer than `room`."""
 
-    def decode(
-        self,
-        form: Format,
-        section: Section,
-        model: Model,
-        streams: Sequence[memoryview],
-        old: Mapping[int, Bytes],
-        new: Mapping[int, Bytes],
-    ) -> bool:
-        """Fills the section's elements of `new`. Returns whether the streams are as long as what was read."""
+    def decoder(self, form: Format, model: Model, elements: int, streams: Sequence[memoryview]) -> Decoder | None:
+        """Of a section of so many elements; None when the stream of bits is not as long as what was read."""

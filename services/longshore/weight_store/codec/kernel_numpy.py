@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from longshore.weight_store.codec.codes import EXPONENTS, UNCHANGED, UNUSED, Model
+from longshore.weight_store.codec.codes import EXPONENTS, UNCHANGED, Codes, Model
 from longshore.weight_store.codec.kernel import EVENT, FLIP, TABLE, Bytes, Changes, Format, Rows, Scan, words
-from longshore.weight_store.codec.plan import Flags, Ints, Section
-from longshore.weight_store.codec.streams import StreamReader, StreamWriter
+from longshore.weight_store.codec.plan import Cut, Flags, Ints, Part
+from longshore.weight_store.codec.streams import FLIPPED, StreamReader, StreamWriter
 
 
 class NumpyKernel:
@@ -21,52 +20,79 @@ class NumpyKernel:
         packed = np.packbits(differs, bitorder="little")
         bits.view(np.uint8)[: len(packed)] = packed
         exponents = (before[differs] >> form.shift) & form.mask
-        return Changes(bits, np.bincount(exponents, minlength=EXPONENTS).astype(np.int64))
+        values = words(form.width, new)[differs].view(np.uint8)
+        counts = np.bincount(exponents, minlength=EXPONENTS).astype(np.int64)
+        return Changes(bits, values, counts, len(exponents))
 
-    def scan(
-        self,
-        form: Format,
-        section: Section,
-        old: Mapping[int, Bytes],
-        new: Mapping[int, Bytes],
-        changes: Mapping[int, Changes],
-    ) -> Scan:
-        tables = np.zeros(section.pieces, TABLE)
-        events = []
-        for piece in range(section.pieces):
-            before, after = (_elements(form, section, section.piece == piece, data) for data in (old, new))
-            events.append(_scan_piece(form, before, after, tables[piece]))
+    def scan(self, form: Format, cut: Cut, changes: Changes, old: Bytes) -> Scan:
+        new = old.copy()
+        differs = np.unpackbits(changes.bits.view(np.uint8), count=len(old) // form.width, bitorder="little")
+        words(form.width, new)[differs.view(np.bool_)] = words(form.width, changes.values)
+        tables = np.zeros(len(cut.sizes), TABLE)
+        events = [np.zeros(0, EVENT)]
+        for piece, table in enumerate(tables):
+            own = cut.piece == piece
+            before, after = (_elements(form, cut, own, data) for data in (old, new))
+            events.append(_scan_piece(form, before, after, table))
         return Scan(np.concatenate(events), tables)
 
-    def emit(self, scan: Scan, model: Model, room: int) -> list[bytes] | None:
-        streams = _emit(scan.events, scan.tables, model)
+    def emit(self, scans: Sequence[Scan], model: Model, room: int) -> list[bytes] | None:
+        events, tables = ([getattr(scan, name) for scan in scans] for name in ("events", "tables"))
+        streams = _emit(np.concatenate(events), np.concatenate(tables), model)
         # The C kernel also needs room for the range coder's first byte, which is not sent.
         return streams if len(streams[0]) <= room and len(streams[1]) < room else None
 
-    def decode(
-        self,
-        form: Format,
-        section: Section,
-        model: Model,
-        streams: Sequence[memoryview],
-        old: Mapping[int, Bytes],
-        new: Mapping[int, Bytes],
-    ) -> bool:
-        every = slice(None)
-        values = _elements(form, section, every, old)
-        reader = StreamReader(bytes(streams[0]), bytes(streams[1]), len(values))
-        values = _decode(form, reader, model, values, _contexts(form, section, values, model))
-        at = 0
-        for tensor, start, count in _runs(section, every):
-            words(form.width, new[tensor])[start : start + count] = values[at : at + count]
-            at += count
-        return reader.done()
+    def decoder(self, form: Format, model: Model, elements: int, streams: Sequence[memoryview]) -> NumpyDecoder | None:
+        reader = StreamReader(bytes(streams[0]), bytes(streams[1]), elements)
+        changes = {}
+        for label, exponent in np.argwhere(model.counts).tolist():
+            gap, step = int(model.gap[label, exponent]), int(model.step[label, exponent])
+            rows = [(reader.gap(gap), reader.step(step)) for _ in range(int(model.counts[label, exponent]))]
+            # Each change's number among the section's elements of the context.
+            numbers = np.cumsum([own + 1 for own, _ in rows]) - 1
+            changes[label, exponent] = numbers, np.array([by for _, by in rows], np.int64)
+        return NumpyDecoder(changes) if reader.done() else None
+
+
+class NumpyDecoder:
+    def __init__(self, changes: Mapping[tuple[int, int], tuple[Ints, Ints]]) -> None:
+        self._changes = changes
+        # By context: its elements that are behind.
+        self._seen = dict.fromkeys(changes, 0)
+
+    def fill(self, form: Format, part: Part, classes: Codes, old: Bytes, new: Bytes) -> None:
+        for piece, label in enumerate(classes.tolist(), start=part.pieces.start):
+            own = part.cut.piece == piece
+            values = _elements(form, part.cut, own, old)
+            self._change(form, label, values)
+            at = 0
+            for start, count in _runs(part.cut, own):
+                words(form.width, new)[start : start + count] = values[at : at + count]
+                at += count
+
+    def _change(self, form: Format, label: int, values: Ints) -> None:
+        """Changes a piece's values."""
+        exponents = (values >> form.shift) & form.mask
+        top = 1 << (8 * form.width - 1)
+        for context, (numbers, steps) in self._changes.items():
+            if context[0] != label:
+                continue
+            own = np.flatnonzero(exponents == context[1])
+            seen = self._seen[context]
+            self._seen[context] += len(own)
+            due = slice(*np.searchsorted(numbers, [seen, seen + len(own)]))
+            places = own[numbers[due] - seen]
+            # The sign of -1 is that of a change of sign: see StreamReader.step.
+            flips = steps[due] >= FLIPPED // 2
+            by = np.where(flips, steps[due] - FLIPPED, steps[due])
+            before = values[places]
+            values[places] = ((before & top) ^ (flips * top)) | ((before + by) & (top - 1))
 
 
 def _scan_piece(form: Format, before: Ints, after: Ints, table: np.void) -> Rows:
     exponents = (before >> form.shift) & form.mask
     changed = np.flatnonzero(before != after)
-    # Each element's number among those of its context.
+    # Each element's number among those of its exponent.
     order = np.argsort(exponents, kind="stable")
     sizes = np.bincount(exponents, minlength=EXPONENTS)
     rank = np.empty(len(before), np.int64)
@@ -92,75 +118,36 @@ def _scan_piece(form: Format, before: Ints, after: Ints, table: np.void) -> Rows
 
 
 def _emit(events: Rows, tables: Rows, model: Model) -> list[bytes]:
-    gaps, steps, exponents = (events[name].tolist() for name in ("gap", "step", "exponent"))
+    exponents = (events["exponent"] % EXPONENTS).astype(np.int64)
+    pieces = np.repeat(np.arange(len(tables)), tables["changed"].sum(axis=1).astype(np.int64))
+    contexts = model.classes[pieces] * np.int64(EXPONENTS) + exponents
+    order = np.argsort(contexts, kind="stable")
+    # To an exponent's first gap in a piece comes what followed its last change in those before, of the same class.
+    gaps = events["gap"].astype(np.int64)
     rest = np.zeros(model.gap.shape, np.int64)
-    # Class and events of each piece.
-    parts = []
-    end = len(events)
-    # From gaps within pieces to the gap that follows each event in the section.
-    for piece in reversed(range(len(tables))):
-        label = int(model.classes[piece])
+    at = 0
+    for piece, table in enumerate(tables):
+        label, end = int(model.classes[piece]), at + int(table["changed"].sum())
         if label == UNCHANGED:
             continue
-        own = (rest[label] + tables["tail"][piece]).tolist()
-        start = end - int(tables["changed"][piece].sum())
-        for index in range(end - 1, start - 1, -1):
-            exponent = exponents[index] % EXPONENTS
-            gaps[index], own[exponent] = own[exponent], gaps[index]
-        rest[label] = own
-        parts.append((label, range(start, end)))
-        end = start
+        own, first = np.unique(exponents[at:end], return_index=True)
+        gaps[at:end][first] += rest[label, own]
+        rest[label, own] = 0
+        rest[label] += table["tail"]
+        at = end
     writer = StreamWriter()
-    codes, step_codes = model.gap.tolist(), model.step.tolist()
-    for label, row in enumerate(codes):
-        for exponent in np.flatnonzero(row).tolist():
-            writer.gap(row[exponent], int(rest[label, exponent]))
-    for label, indices in reversed(parts):
-        for index in indices:
-            exponent = exponents[index] % EXPONENTS
-            writer.step(step_codes[label][exponent], steps[index], exponents[index] >= FLIP)
-            writer.gap(codes[label][exponent], gaps[index])
+    codes, steps = model.gap.reshape(-1)[contexts], model.step.reshape(-1)[contexts]
+    columns = (codes, gaps, steps, events["step"], events["exponent"] >= FLIP)
+    for code, gap, step_code, step, flip in zip(*(column[order].tolist() for column in columns), strict=True):
+        writer.gap(code, gap)
+        writer.step(step_code, step, flip)
     return writer.finish()
 
 
-def _decode(form: Format, reader: StreamReader, model: Model, values: Ints, contexts: Ints) -> Ints:
-    """The section's new values. `contexts` is -1 where nothing changed."""
-    gap, step = model.gap.reshape(-1).tolist(), model.step.reshape(-1).tolist()
-    order = np.argsort(contexts, kind="stable")
-    starts = np.searchsorted(contexts[order], np.arange(len(gap) + 1))
-    top = 1 << (8 * form.width - 1)
-    # The next change of each context: its place in the section, the context, its number among the context's elements.
-    due: list[tuple[int, int, int]] = []
-
-    def follow(context: int, number: int) -> None:
-        number += reader.gap(gap[context])
-        if number < starts[context + 1] - starts[context]:
-            heapq.heappush(due, (int(order[starts[context] + number]), context, number))
-
-    for context, code in enumerate(gap):
-        if code != UNUSED:
-            follow(context, 0)
-    values = values.copy()
-    while due:
-        place, context, number = heapq.heappop(due)
-        old = int(values[place])
-        flip, down, size = reader.step(step[context])
-        low = (old + (-size if down else size)) & (top - 1)
-        values[place] = ((old & top) ^ (top if flip else 0)) | low
-        follow(context, number + 1)
-    return values
+def _runs(cut: Cut, own: Flags) -> Iterator[tuple[int, int]]:
+    yield from zip(cut.start[own].tolist(), cut.count[own].tolist(), strict=True)
 
 
-def _runs(section: Section, own: Flags | slice) -> Iterator[tuple[int, int, int]]:
-    columns = (section.tensor, section.start, section.count)
-    yield from zip(*(column[own].tolist() for column in columns), strict=True)
-
-
-def _elements(form: Format, section: Section, own: Flags | slice, data: Mapping[int, Bytes]) -> Ints:
-    parts = [words(form.width, data[tensor])[start : start + count] for tensor, start, count in _runs(section, own)]
+def _elements(form: Format, cut: Cut, own: Flags, data: Bytes) -> Ints:
+    parts = [words(form.width, data)[start : start + count] for start, count in _runs(cut, own)]
     return np.concatenate(parts).astype(np.int64)
-
-
-def _contexts(form: Format, section: Section, values: Ints, model: Model) -> Ints:
-    classes = np.repeat(model.classes[section.piece].astype(np.int64), section.count)
-    return np.where(classes == UNCHANGED, -1, classes * EXPONENTS + ((values >> form.shift) & form.mask))

@@ -1,8 +1,8 @@
-"""Which elements the sparse delta codes, in which order: cut into sections and pieces, the same at both ends.
+"""Which elements the sparse delta codes, in which order: cut into pieces and sections, the same at both ends.
 
-All changed tensors of a dtype are one sequence of elements, rows left out in which nothing changed. It is cut evenly
-into sections, each coded by itself, and a section into pieces of one tensor, each with its own density of changes.
-A segment is a run of a piece that lies together in memory.
+A tensor's elements, without the rows in which nothing changed, are cut into pieces, each with its own density of
+changes. A segment is a run of a piece that lies together in memory. Pieces of consecutive tensors of a dtype make up
+a section, which is coded by itself.
 """
 
 from __future__ import annotations
@@ -23,79 +23,90 @@ Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Sparse:
-    """One tensor that the sparse delta codes."""
+class Cut:
+    """One tensor that the sparse delta codes; its segments in order.
+
+    Example: start=[0, 262144], count=[262144, 5], piece=[0, 1], pieces=2
+    """
 
     tensor: int
-    elements: int
     # Of each row, whether anything in it changed; None: all rows are coded.
     rows: Flags | None
+    # First element of each segment, and how many there are.
+    start: Ints
+    count: Ints
+    # Each segment's piece.
+    piece: Ints
+    # Elements of each piece, and of all.
+    sizes: Ints
+    elements: int
 
 
 @dataclass(frozen=True)
-class Section:
-    """Columns of its segments, in order.
+class Part:
+    """Pieces of one tensor in a section, and their segments."""
 
-    Example: tensor=[0, 0], start=[0, 262144], count=[262144, 5], piece=[0, 1], pieces=2
-    """
+    cut: Cut
+    pieces: slice
+    segments: slice
 
-    tensor: Ints
-    # First element, counted in the tensor.
-    start: Ints
-    count: Ints
-    # Counted from the section's first.
-    piece: Ints
-    pieces: int
 
-    @property
-    def elements(self) -> int:
-        return int(self.count.sum())
+# Parts of different tensors, in order.
+Section = list[Part]
 
 
 def rows_of(shape: Sequence[int]) -> tuple[int, int]:
     """Rows of a tensor and elements in one; what has short rows, or one dimension, is one row."""
-    elements = math.prod(shape)
     width = math.prod(shape[1:])
-    return (shape[0], width) if len(shape) > 1 and width >= 32 else (1, elements)
+    return (shape[0], width) if len(shape) > 1 and width >= 32 else (1, math.prod(shape))
 
 
-def sections(tensors: Sequence[Sparse]) -> list[Section]:
-    """The plan for tensors of one dtype, in the layout's order."""
-    runs = [_runs(tensor) for tensor in tensors]
-    if not runs:
-        return []
-    tensor, start, count = (np.concatenate(column) for column in zip(*runs, strict=True))
-    # Where each run starts in the sequence of all coded elements.
-    at = np.cumsum(count) - count
-    total = int(count.sum())
-    if not total:
-        return []
-    parts = max(1, round(total / SECTION))
-    borders = np.arange(parts + 1, dtype=np.int64) * total // parts
-    firsts = at[np.flatnonzero(np.diff(tensor, prepend=-1))]
-    ends = np.append(firsts[1:], total)
-    pieces = np.unique(
-        np.concatenate([borders[:-1], *(np.arange(low, high, PIECE) for low, high in zip(firsts, ends, strict=True))])
-    )
-    cuts = np.unique(np.concatenate([at[count > 0], pieces]))
-    lengths = np.diff(cuts, append=total)
-    run = np.searchsorted(at + count, cuts, side="right")
+def cut(tensor: int, elements: int, rows: Flags | None) -> Cut:
+    """The tensor of that number in the layout."""
+    if rows is None:
+        pieces = np.arange(0, elements, PIECE)
+        sizes = np.minimum(PIECE, elements - pieces)
+        return Cut(tensor, None, pieces, sizes, np.arange(len(pieces)), sizes, elements)
+    edges = np.flatnonzero(np.diff(rows, prepend=False, append=False))
+    width = elements // len(rows)
+    starts, lengths = edges[0::2] * width, (edges[1::2] - edges[0::2]) * width
+    # Where each run of coded rows starts among all coded elements.
+    at = np.cumsum(lengths) - lengths
+    total = int(lengths.sum())
+    pieces = np.arange(0, total, PIECE)
+    cuts = np.union1d(at, pieces)
+    run = np.searchsorted(at, cuts, side="right") - 1
     piece = np.searchsorted(pieces, cuts, side="right") - 1
-    starts = start[run] + cuts - at[run]
-    made = []
-    for first, last in itertools.pairwise(np.searchsorted(cuts, borders).tolist()):
-        part = slice(first, last)
-        own = piece[part] - piece[first]
-        made.append(Section(tensor[run[part]], starts[part], lengths[part], own, int(own[-1]) + 1))
+    counts = np.diff(cuts, append=total)
+    sizes = np.minimum(PIECE, total - pieces)
+    return Cut(tensor, rows, starts[run] + cuts - at[run], counts, piece, sizes, total)
+
+
+def sections(cuts: Sequence[Cut]) -> list[Section]:
+    """Of tensors of one dtype, in the layout's order."""
+    total = sum(own.elements for own in cuts)
+    parts = max(1, round(total / SECTION))
+    made: list[Section] = []
+    current = -1
+    behind = 0
+    for own in cuts:
+        # The section of each of the tensor's pieces.
+        numbers = [(behind + start) * parts // total for start in range(0, own.elements, PIECE)]
+        behind += own.elements
+        low = 0
+        for number, same in itertools.groupby(numbers):
+            high = low + sum(1 for _ in same)
+            if number != current:
+                made.append([])
+                current = number
+            made[-1].append(Part(own, slice(low, high), _segments(own, low, high)))
+            low = high
     return made
 
 
-def _runs(tensor: Sparse) -> tuple[Ints, Ints, Ints]:
-    """Tensor, first element and length of the runs of rows that are coded."""
-    if tensor.rows is None:
-        starts, ends = np.zeros(1, np.int64), np.full(1, tensor.elements, np.int64)
-    else:
-        edges = np.flatnonzero(np.diff(tensor.rows, prepend=False, append=False))
-        width = tensor.elements // len(tensor.rows)
-        starts, ends = edges[0::2] * width, edges[1::2] * width
-    return np.full(len(starts), tensor.tensor, np.int64), starts, ends - starts
+def _segments(own: Cut, low: int, high: int) -> slice:
+    """Of the pieces from low to high."""
+    if own.rows is None:
+        return slice(low, high)
+    first, last = np.searchsorted(own.piece, [low, high]).tolist()
+    return slice(first, last)

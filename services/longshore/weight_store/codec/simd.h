@@ -50,10 +50,10 @@ INLINE exponents load_exponents(const uint8_t *p, format f) {
 
 INLINE uint64_t equal(exponents e, uint32_t value) { return _mm512_cmpeq_epi8_mask(e, _mm512_set1_epi8((char)value)); }
 
-/* 1 <= exponent < limit */
-INLINE uint64_t between(exponents e, uint32_t limit) {
-    __m512i one = _mm512_set1_epi8(1);
-    return _mm512_cmplt_epu8_mask(_mm512_sub_epi8(e, one), _mm512_set1_epi8((char)(limit - 1)));
+/* low <= exponent <= high */
+INLINE uint64_t within(exponents e, uint32_t low, uint32_t high) {
+    __m512i above = _mm512_sub_epi8(e, _mm512_set1_epi8((char)low));
+    return _mm512_cmple_epu8_mask(above, _mm512_set1_epi8((char)(high - low)));
 }
 
 INLINE uint64_t differ(const uint8_t *a, const uint8_t *b, int width) {
@@ -113,15 +113,14 @@ INLINE uint64_t equal(exponents e, uint32_t value) {
     return bits_of(_mm256_cmpeq_epi8(e.half[0], all), _mm256_cmpeq_epi8(e.half[1], all));
 }
 
-/* 1 <= exponent < limit; limit >= 1 */
-INLINE uint64_t between(exponents e, uint32_t limit) {
-    if (limit < 2) return 0;
-    __m256i one = _mm256_set1_epi8(1), last = _mm256_set1_epi8((char)(limit - 2)), below[2];
+/* low <= exponent <= high */
+INLINE uint64_t within(exponents e, uint32_t low, uint32_t high) {
+    __m256i first = _mm256_set1_epi8((char)low), range = _mm256_set1_epi8((char)(high - low)), in[2];
     for (int k = 0; k < 2; k++) {
-        __m256i less = _mm256_sub_epi8(e.half[k], one);
-        below[k] = _mm256_cmpeq_epi8(_mm256_min_epu8(less, last), less);
+        __m256i above = _mm256_sub_epi8(e.half[k], first);
+        in[k] = _mm256_cmpeq_epi8(_mm256_min_epu8(above, range), above);
     }
-    return bits_of(below[0], below[1]);
+    return bits_of(in[0], in[1]);
 }
 
 INLINE uint64_t differ(const uint8_t *a, const uint8_t *b, int width) {
@@ -166,10 +165,10 @@ INLINE uint64_t equal(exponents e, uint32_t value) {
     return bits;
 }
 
-/* 1 <= exponent < limit */
-INLINE uint64_t between(exponents e, uint32_t limit) {
+/* low <= exponent <= high */
+INLINE uint64_t within(exponents e, uint32_t low, uint32_t high) {
     uint64_t bits = 0;
-    for (int i = 0; i < 64; i++) bits |= (uint64_t)(e.byte[i] && e.byte[i] < limit) << i;
+    for (int i = 0; i < 64; i++) bits |= (uint64_t)(low <= e.byte[i] && e.byte[i] <= high) << i;
     return bits;
 }
 

@@ -29,9 +29,9 @@ static inline uint64_t load64(const uint8_t *p) {
     return word;
 }
 
-/* At least 57 bits are there afterwards. */
+/* At least 56 bits are there afterwards. */
 static inline void refill(bit_reader *r) {
-    if (r->end - r->p >= 8) {
+    if (__builtin_expect(r->end - r->p >= 8, 1)) {
         r->word |= load64(r->p) << r->count;
         int taken = (63 - r->count) >> 3;
         r->p += taken;
@@ -54,24 +54,25 @@ static inline uint64_t take(bit_reader *r, int n) {
     return value;
 }
 
+/* `end` is eight bytes before the buffer's: words are stored whole. */
 typedef struct {
     uint8_t *p, *end;
     uint64_t word;
     int count, full;
 } bit_writer;
 
-/* n <= 32 */
+/* n <= 56; `value` has no bits above them. */
 static inline void put(bit_writer *w, uint64_t value, int n) {
     w->word |= value << w->count;
     w->count += n;
-    while (w->count >= 8) {
-        if (w->p < w->end)
-            *w->p++ = (uint8_t)w->word;
-        else
-            w->full = 1;
-        w->word >>= 8;
-        w->count -= 8;
+    if (w->p > w->end) {
+        w->p = w->end;
+        w->full = 1;
     }
+    memcpy(w->p, &w->word, 8);
+    w->p += w->count >> 3;
+    w->word >>= w->count & ~7;
+    w->count &= 7;
 }
 
 /* ---- adaptive binary range coder, as in LZMA, with a rate that falls as 1/n ---- */
@@ -178,16 +179,19 @@ static inline void encode_bit(range_encoder *e, bin *b, int bit) {
 
 /* ---- gaps and steps ---- */
 
+/* A context's code, taken apart. */
 typedef struct {
-    uint32_t m;          /* Golomb's divisor */
+    uint32_t m;          /* Golomb's divisor; 0: gaps are the range coder's */
     uint32_t short_ones; /* remainders that are one bit shorter than the others */
     int bits;            /* of a short remainder */
-} golomb;
+    uint8_t gap, step;
+} plan;
 
-static inline golomb divisor(uint8_t gap_code) {
-    uint32_t c = gap_code - 1u, m = (uint32_t)(((uint64_t)(4 + (c & 3)) << (c >> 2)) >> 2);
+static inline plan plan_of(code c) {
+    if (c.gap >= ADAPTIVE) return (plan){0, 0, 0, c.gap, c.step};
+    uint32_t q = c.gap - 1u, m = (uint32_t)(((uint64_t)(4 + (q & 3)) << (q >> 2)) >> 2);
     int bits = m < 2 ? 1 : 32 - __builtin_clz(m - 1);
-    return (golomb){m, (uint32_t)((1ull << bits) - m), bits - 1};
+    return (plan){m, (uint32_t)((1ull << bits) - m), bits - 1, c.gap, c.step};
 }
 
 typedef struct {
@@ -197,46 +201,42 @@ typedef struct {
     int64_t budget; /* adaptive gaps add up to the section's elements at most, which bounds the time that they take */
 } reader;
 
-/* Elements of the context before its next change. */
-static uint32_t read_gap(reader *r, uint8_t gap_code) {
-    if (gap_code >= ADAPTIVE) {
-        uint32_t gap = 0;
-        bin *more = &r->bins.more[gap_code & 63];
-        while (r->budget > 0 && decode_bit(&r->ranges, more)) gap++, r->budget--;
-        return r->budget > 0 ? gap : INT32_MAX;
-    }
-    golomb g = divisor(gap_code);
-    refill(&r->bits);
-    uint64_t zeros = ~r->bits.word;
+/* Elements of the context before its next change. At least 55 bits must be there. */
+static inline uint32_t read_golomb(bit_reader *r, const plan *c) {
+    uint64_t zeros = ~r->word;
     int q = zeros ? __builtin_ctzll(zeros) : 64;
-    if (q >= MAX_UNARY) {
-        take(&r->bits, MAX_UNARY);
-        return (uint32_t)take(&r->bits, 31);
+    if (__builtin_expect(q >= MAX_UNARY, 0)) {
+        take(r, MAX_UNARY);
+        return (uint32_t)take(r, 31);
     }
-    take(&r->bits, q + 1);
-    uint32_t rest = (uint32_t)take(&r->bits, g.bits);
-    if (rest >= g.short_ones) rest = (rest << 1 | (uint32_t)take(&r->bits, 1)) - g.short_ones;
-    uint64_t gap = (uint64_t)q * g.m + rest;
-    return gap < INT32_MAX ? (uint32_t)gap : INT32_MAX;
+    uint64_t word = r->word >> (q + 1);
+    uint32_t rest = (uint32_t)(word & ((1ull << c->bits) - 1));
+    int is_long = rest >= c->short_ones;
+    rest = is_long ? 2 * rest + (uint32_t)(word >> c->bits & 1) - c->short_ones : rest;
+    take(r, q + 1 + c->bits + is_long);
+    return (uint32_t)q * c->m + rest;
 }
 
-/* The new value: its magnitude's step, and whether its sign changed. */
-static uint32_t read_step(reader *r, uint8_t step_code, uint32_t old, uint32_t top) {
-    refill(&r->bits);
-    if (step_code == UNIT) {
-        uint32_t step = take(&r->bits, 1) ? UINT32_MAX : 1;
-        return (old & top) | ((old + step) & (top - 1));
-    }
+static uint32_t read_adaptive(reader *r, uint8_t gap_code) {
+    uint32_t gap = 0;
+    bin *more = &r->bins.more[gap_code & 63];
+    while (r->budget > 0 && decode_bit(&r->ranges, more)) gap++, r->budget--;
+    return gap;
+}
+
+/* By what the value changes: its magnitude in the bits below `top`, its sign in that one. */
+static uint32_t read_step(reader *r, uint8_t step_code, uint32_t top) {
+    if (step_code == UNIT) return take(&r->bits, 1) ? top - 1 : 1;
     step_bins *b = &r->bins.step[step_code & 63];
     int flip = decode_bit(&r->ranges, &b->flip), down = decode_bit(&r->ranges, &b->sign[flip]);
     int kind = flip * 2 + down, length = 0, shown = 0, node = 1;
     while (length < 31 && decode_bit(&r->ranges, &b->longer[kind][length])) length++;
     for (; shown < 2 && shown < length; shown++)
         node = node << 1 | decode_bit(&r->ranges, &b->mantissa[kind][length][node]);
+    refill(&r->bits);
     uint32_t size = (uint32_t)node << (length - shown) | (uint32_t)take(&r->bits, length - shown);
     size -= (uint32_t)flip;
-    uint32_t sign = flip ? ~old & top : old & top;
-    return sign | ((old + (down ? 0 - size : size)) & (top - 1));
+    return ((down ? 0 - size : size) & (top - 1)) | (flip ? top : 0);
 }
 
 typedef struct {
@@ -245,28 +245,22 @@ typedef struct {
     bins bins;
 } writer;
 
-static void write_gap(writer *w, uint8_t gap_code, uint32_t gap) {
-    if (gap_code >= ADAPTIVE) {
-        bin *more = &w->bins.more[gap_code & 63];
+static inline void write_gap(writer *w, const plan *c, uint32_t gap) {
+    if (__builtin_expect(!c->m, 0)) {
+        bin *more = &w->bins.more[c->gap & 63];
         for (uint32_t i = 0; i < gap; i++) encode_bit(&w->ranges, more, 1);
         encode_bit(&w->ranges, more, 0);
         return;
     }
-    golomb g = divisor(gap_code);
-    uint32_t q = gap / g.m, rest = gap % g.m;
-    if (q >= MAX_UNARY) {
-        put(&w->bits, (1u << MAX_UNARY) - 1, MAX_UNARY);
-        put(&w->bits, gap, 31);
+    uint32_t q = gap / c->m, rest = gap % c->m;
+    if (__builtin_expect(q >= MAX_UNARY, 0)) {
+        put(&w->bits, ((1ull << MAX_UNARY) - 1) | (uint64_t)gap << MAX_UNARY, MAX_UNARY + 31);
         return;
     }
-    put(&w->bits, (1u << q) - 1, (int)q + 1);
-    if (rest < g.short_ones) {
-        put(&w->bits, rest, g.bits);
-    } else {
-        rest += g.short_ones;
-        put(&w->bits, rest >> 1, g.bits);
-        put(&w->bits, rest & 1, 1);
-    }
+    int is_long = rest >= c->short_ones;
+    rest += is_long ? c->short_ones : 0;
+    uint64_t coded = is_long ? rest >> 1 | (uint64_t)(rest & 1) << c->bits : rest;
+    put(&w->bits, ((1ull << q) - 1) | coded << (q + 1), (int)q + 1 + c->bits + is_long);
 }
 
 static void write_step(writer *w, uint8_t step_code, int32_t step, int flip) {

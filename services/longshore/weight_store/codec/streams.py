@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from longshore.weight_store.codec.codes import ADAPTIVE, UNIT
 
-NEVER = 2**31 - 1
+# Added to a step that changes the sign.
+FLIPPED = 2**40
 MAX_UNARY = 24
 
 _TOP = 1 << 24
@@ -161,7 +162,7 @@ class StreamReader:
         self._ranges = iter(ranges)
         self._range = 2**32 - 1
         self._code: int | None = None
-        self._budget = elements + 1
+        self._budget = elements
 
     def gap(self, code: int) -> int:
         if code >= ADAPTIVE:
@@ -169,7 +170,7 @@ class StreamReader:
             while self._budget > 0 and self._bit(own, 0):
                 gap += 1
                 self._budget -= 1
-            return gap if self._budget > 0 else NEVER
+            return gap
         divisor, short, bits = _divisor(code)
         quotient = 0
         while quotient < MAX_UNARY and self._take(1):
@@ -179,14 +180,15 @@ class StreamReader:
         rest = self._take(bits)
         if rest >= short:
             rest = (rest << 1 | self._take(1)) - short
-        return min(quotient * divisor + rest, NEVER)
+        return quotient * divisor + rest
 
-    def step(self, code: int) -> tuple[int, int, int]:
-        """Whether the sign flips, whether the magnitude goes down, and by how much."""
+    def step(self, code: int) -> int:
+        """The magnitude's step, and FLIPPED where the sign changes."""
         if code == UNIT:
-            return 0, self._take(1), 1
+            return 1 - 2 * self._take(1)
         flip, down, length, node, shown = _code_step(self._bins, code & 63, self._bit, 0, 0, 1)
-        return flip, down, (node << (length - shown) | self._take(length - shown)) - flip
+        size = (node << (length - shown) | self._take(length - shown)) - flip
+        return (-size if down else size) + FLIPPED * flip
 
     def done(self) -> bool:
         """Whether the bits read are the stream's."""

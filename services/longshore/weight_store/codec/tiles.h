@@ -1,0 +1,71 @@
+/* Up to 64 blocks of elements at a time, and which exponents in them to count how. */
+
+#ifndef LONGSHORE_TILES_H
+#define LONGSHORE_TILES_H
+
+#include "simd.h"
+
+#define EXPONENTS 256
+#define BLOCK 64
+#define BLOCKS 64
+
+INLINE uint64_t first_bits(int64_t n) { return n >= 64 ? UINT64_MAX : (1ull << n) - 1; }
+
+/* ---- common and rare exponents ---- */
+
+/* Elements of common exponents are counted in whole blocks, others one by one; that is only for speed. */
+typedef struct {
+    uint32_t low, high; /* common, and all between are */
+    int zeros;          /* exponent 0 is common besides */
+} tiers;
+
+enum { SAMPLE = 512, COMMON = 2 };
+
+/* By a sample of n elements, of which there is at least one. */
+INLINE tiers tiers_of(const uint8_t *a, int64_t n, format f) {
+    uint16_t counts[EXPONENTS] = {0};
+    int64_t stride = n < SAMPLE ? 1 : n / SAMPLE;
+    for (int64_t i = 0; i < n; i += stride) counts[element(a + i * f.width, f.width) >> f.shift & f.mask]++;
+    tiers t = {1, EXPONENTS - 1, counts[0] >= COMMON};
+    while (t.low < EXPONENTS - 1 && counts[t.low] < COMMON) t.low++;
+    while (t.high > t.low && counts[t.high] < COMMON) t.high--;
+    return t;
+}
+
+/* ---- tiles: up to 64 blocks at a time ---- */
+
+typedef struct {
+    exponents block[BLOCKS];
+    uint64_t last; /* the last block's elements */
+    int blocks;
+} tile;
+
+/* n: from 1 to BLOCKS * BLOCK elements. */
+INLINE void load_tile(tile *t, const uint8_t *a, int64_t n, format f) {
+    int whole = (int)(n / BLOCK), rest = (int)(n % BLOCK);
+    for (int j = 0; j < whole; j++) t->block[j] = load_exponents(a + j * BLOCK * f.width, f);
+    if (rest) {
+        uint8_t some[BLOCK * 4] = {0};
+        memcpy(some, a + whole * BLOCK * f.width, (size_t)(rest * f.width));
+        t->block[whole] = load_exponents(some, f);
+    }
+    t->blocks = whole + (rest > 0);
+    t->last = rest ? first_bits(rest) : UINT64_MAX;
+}
+
+INLINE uint64_t valid(const tile *t, int j) { return j + 1 < t->blocks ? UINT64_MAX : t->last; }
+
+/* before[j]: the exponent's elements in blocks before the j-th. Returns how many there are. */
+INLINE uint32_t count_tile(const tile *t, uint32_t exponent, uint16_t before[BLOCKS]) {
+    uint32_t n = 0;
+    for (int j = 0; j < t->blocks - 1; j++) {
+        before[j] = (uint16_t)n;
+        n += (uint32_t)__builtin_popcountll(equal(t->block[j], exponent));
+    }
+    before[t->blocks - 1] = (uint16_t)n;
+    n += (uint32_t)__builtin_popcountll(equal(t->block[t->blocks - 1], exponent) & t->last);
+    for (int j = t->blocks; j < BLOCKS; j++) before[j] = UINT16_MAX;
+    return n;
+}
+
+#endif
