@@ -14,9 +14,9 @@ from longshore.errors import IntegrityError, LongshoreError, Rejected
 from longshore.proto.v1 import weights_pb2
 from longshore.weight_store.copies import Copies, HostCopy
 from longshore.weight_store.decoding import walk
+from longshore.weight_store.paths import base_of, checked_path
 from longshore.weight_store.planner import Step
 from longshore.weight_store.version import tensor_infos
-from longshore.weights.paths import base_of, checked_path
 
 # Versions that may be on their way at a time; the oldest is given up for a newer one.
 MAX_PENDING = 3
@@ -89,6 +89,11 @@ class Arrivals:
             self._forget(stale)
         return version
 
+    def cut_short(self) -> int | None:
+        """Gives up a version that was begun and is not whole, because something else has come; its number, or None."""
+        parcel, self._coming = self._coming, None
+        return None if parcel is None else parcel.manifest.version
+
     def broken(self) -> None:
         """The version that was sent last was not published, or its bytes will not all come."""
         if self._coming is None and self._pending:
@@ -103,8 +108,8 @@ class Arrivals:
     def confirm(self, version: int) -> None:
         """A pointer names the version: it is held, and may be decoded against in other streams, from now on."""
         task = self._pending.get(version)
-        if task is not None and task.done():
-            self._copies.put(version, task.result()[1])
+        if task is not None:
+            task.add_done_callback(lambda done: self._hold(version, done))
 
     def close(self) -> None:
         """Ends what is being decoded."""
@@ -119,15 +124,19 @@ class Arrivals:
         if task is not None:
             task.cancel()
 
+    def _hold(self, version: int, task: asyncio.Task[Arrived]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            self._copies.put(version, task.result()[1])
+
     def _finished(self, version: int, task: asyncio.Task[Arrived]) -> None:
-        if task.cancelled():
+        error = None if task.cancelled() else task.exception()
+        if error is None and not task.cancelled():
             return
-        error = task.exception()
-        if error is None:
-            return
-        # What could not be decoded is not held, so that nothing is decoded against it.
+        # What was not decoded is not held, so that nothing is decoded against it.
         if self._pending.get(version) is task:
             del self._pending[version]
+        if error is None:
+            return
         if not isinstance(error, LongshoreError):
             raise error
         self._on_fault(version, error)

@@ -18,10 +18,10 @@ from longshore.types import JobRef
 from longshore.weight_store import metrics
 from longshore.weight_store.copies import Copies, HostCopy
 from longshore.weight_store.decoding import CODECS, walk
+from longshore.weight_store.paths import base_of, checked_path
 from longshore.weight_store.version import tensor_infos
 from longshore.weights.calls import repeat
 from longshore.weights.manifests import Manifests
-from longshore.weights.paths import base_of, checked_path
 
 log = structlog.get_logger()
 

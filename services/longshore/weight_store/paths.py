@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 from longshore.errors import Rejected
 from longshore.proto.v1 import weights_pb2
-from longshore.weight_store.decoding import check_encoding
+from longshore.weight_store.decoding import check_encoding, max_encoding_bytes
 from longshore.weight_store.payload import TensorInfo
-from longshore.weight_store.planner import Step
+from longshore.weight_store.planner import Step, path_bytes
+
+# Most that a path may have, as a multiple of the version's own bytes: a store that has an anchor offers no path that is
+# longer than it, and what is offered is held in memory.
+MAX_PATH_TIMES = 8
 
 
 def base_of(path: Sequence[Step]) -> int | None:
@@ -28,4 +32,6 @@ def checked_path(told: Sequence[weights_pb2.PathStep], version: int, infos: Sequ
         if before is not None and base_of([step]) != before.version:
             raise Rejected("path", f"the path breaks between versions {before.version} and {step.version}")
         before = step
+    if path_bytes(path) > MAX_PATH_TIMES * max_encoding_bytes(infos):
+        raise Rejected("path", f"{path_bytes(path)} bytes are no way to version {version}")
     return path
