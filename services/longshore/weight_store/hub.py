@@ -40,12 +40,18 @@ class PointerHub:
             topic.state = (state, signed)
             self._wake(topic)
 
-    def announce(self, job: JobRef, name: str, incoming: Incoming | None) -> None:
-        """Says that a publish has begun whose version the pointer will name; None: that it has ended."""
+    def announce(self, job: JobRef, name: str, incoming: Incoming) -> None:
+        """Says that a publish has begun whose version the pointer will name."""
         topic = self._topics.get((job, name))
         if topic is not None:
             topic.incoming = incoming
             self._wake(topic)
+
+    def retire(self, job: JobRef, name: str, incoming: Incoming) -> None:
+        """Says that a publish has ended; another one may be under way."""
+        topic = self._topics.get((job, name))
+        if topic is not None and topic.incoming is incoming:
+            topic.incoming = None
 
     async def watch(
         self, job: JobRef, name: str, read: Callable[[], Awaitable[State]]

@@ -7,9 +7,10 @@ them. Whether it may be served is another matter: that it was published is said 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import IO, cast
 
 from longshore.errors import Unavailable
@@ -66,23 +67,30 @@ class Incoming:
         """Lets go of the file; who is reading goes on."""
         self._file.close()
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The encoding's bytes from the first, as they come. Raises Unavailable when the rest will not come."""
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[AsyncIterator[bytes]]:
+        """The encoding's bytes from the first, as they come, also after `close`; to be entered before it.
+
+        The iterator raises Unavailable when the rest will not come.
+        """
         descriptor = os.dup(self._file.fileno())
-        position = 0
         try:
-            while position < self.encoding.size:
-                grown = self._grown
-                if position < self._received:
-                    chunk = os.pread(descriptor, min(SENT_CHUNK_BYTES, self._received - position), position)
-                    position += len(chunk)
-                    yield chunk
-                elif self._broken:
-                    raise Unavailable(f"the publish of version {self.version} broke off")
-                else:
-                    await grown.wait()
+            yield self._chunks(descriptor)
         finally:
             os.close(descriptor)
+
+    async def _chunks(self, descriptor: int) -> AsyncIterator[bytes]:
+        position = 0
+        while position < self.encoding.size:
+            grown = self._grown
+            if position < self._received:
+                chunk = os.pread(descriptor, min(SENT_CHUNK_BYTES, self._received - position), position)
+                position += len(chunk)
+                yield chunk
+            elif self._broken:
+                raise Unavailable(f"the publish of version {self.version} broke off")
+            else:
+                await grown.wait()
 
     def _append(self, chunk: bytes) -> None:
         try:

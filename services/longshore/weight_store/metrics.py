@@ -29,7 +29,7 @@ REMOVED_OBJECTS = Counter(
 )
 FAULTS = Counter(
     "longshore_weights_faults_total",
-    "Encodings that could not be used and were asked for again in another way: push, delta",
+    "What a reader could not use: a push or delta, asked for again in another way, or a pointer, passed over",
     ["project", "job", "what"],
 )
 RETENTION_FAILURES = Counter("longshore_weights_retention_failures_total", "Retention runs that failed")
@@ -53,5 +53,5 @@ DAMAGED_ENCODINGS = Counter(
 
 
 def fault(job: JobRef, what: str) -> None:
-    """Counts an encoding that could not be used."""
+    """Counts what could not be used: push, delta, pointer."""
     FAULTS.labels(job.project, job.job, what).inc()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from longshore.errors import NotFound, Unavailable
 from longshore.proto.v1 import weights_pb2
 from longshore.types import JobRef
+from longshore.weight_store.decoding import SAFETENSORS
 from longshore.weight_store.hub import PointerHub, State
 from longshore.weight_store.incoming import CHUNK_BYTES, SENT_CHUNK_BYTES, Incoming
 from longshore.weight_store.layout import VersionKey
@@ -46,9 +47,9 @@ class Pushes:
         self._job = job
         self._name = name
         self._pushes = wanted is not None
-        # Oldest first.
-        self._held = list(wanted.have if wanted else ())[-MAX_HELD:]
-        self._codecs = wanted.codecs if wanted else ()
+        # Oldest first, so that the newest stay.
+        self._held = sorted(wanted.have if wanted else ())[-MAX_HELD:]
+        self._codecs = {SAFETENSORS, *(wanted.codecs if wanted else ())}
 
     async def responses(self) -> AsyncGenerator[weights_pb2.WatchResponse, None]:
         """Everything that the watcher is sent, until the hub closes."""
@@ -69,19 +70,21 @@ class Pushes:
 
     def _can_use(self, incoming: Incoming) -> bool:
         encoding = incoming.encoding
-        if encoding.codec not in self._codecs or incoming.version in self._held:
+        if not self._pushes or encoding.codec not in self._codecs or incoming.version in self._held:
             return False
         return not encoding.HasField("base_version") or encoding.base_version in self._held
 
     async def _cut_through(self, incoming: Incoming) -> AsyncIterator[weights_pb2.WatchResponse]:
         step = weights_pb2.PathStep(version=incoming.version, encoding=incoming.encoding)
-        yield weights_pb2.WatchResponse(push=weights_pb2.VersionPush(manifest=incoming.manifest, path=[step]))
-        try:
-            async for chunk in incoming.chunks():
-                yield weights_pb2.WatchResponse(chunk=chunk)
-        except Unavailable:
-            yield weights_pb2.WatchResponse(push_broken=True)
-            return
+        # Opened first: a watcher that is slow to take the manifest may find the publish at its end.
+        with incoming.reading() as chunks:
+            yield weights_pb2.WatchResponse(push=weights_pb2.VersionPush(manifest=incoming.manifest, path=[step]))
+            try:
+                async for chunk in chunks:
+                    yield weights_pb2.WatchResponse(chunk=chunk)
+            except Unavailable:
+                yield weights_pb2.WatchResponse(push_broken=True)
+                return
         # Before anything else is sent: what was pushed and then not published has to be taken back.
         if await incoming.settled():
             self._hold(incoming.version)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -113,8 +113,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     ) -> weights_pb2.GetVersionResponse:
         key = VersionKey(request.weight_set, request.version)
         job = convert.job_from_proto(request.job)
-        if len(request.have) > MAX_HAVE:
-            raise Rejected("have", f"{len(request.have)} versions; at most {MAX_HAVE} may be named")
+        _check_have(request.have)
         try:
             manifest, encodings = await asyncio.to_thread(self._store.version, job, key)
         except NotFound:
@@ -145,6 +144,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         self, request: weights_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[weights_pb2.WatchResponse]:
         job, name = convert.job_from_proto(request.job), request.pointer or HEAD
+        _check_have(request.have)
         if self.upstream is not None:
             self.upstream.follow(name)
         pushes = Pushes(self._store, self._hub, job, name, _wanted(request))
@@ -214,7 +214,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
 
     def _end(self, admission: Admission, incoming: Incoming, *, published: bool) -> None:
         incoming.settle(published)
-        self._hub.announce(admission.job, HEAD, None)
+        self._hub.retire(admission.job, HEAD, incoming)
         incoming.close()
 
     async def _settle(
@@ -224,8 +224,14 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         loop = asyncio.get_running_loop()
 
         def confirm() -> None:
-            if confirmed is not None:
-                asyncio.run_coroutine_threadsafe(confirmed(), loop).result(_CONFIRM_S)
+            if confirmed is None:
+                return
+            waiting = asyncio.run_coroutine_threadsafe(confirmed(), loop)
+            try:
+                waiting.result(_CONFIRM_S)
+            except TimeoutError:
+                waiting.cancel()
+                raise Unavailable(f"version {admission.key.version} was not confirmed in {_CONFIRM_S:.0f} s") from None
 
         try:
             with metrics.PUBLISH_SECONDS.labels(job.project, job.job).time():
@@ -291,6 +297,11 @@ async def _receive(chunks: AsyncIterator[bytes], admission: Admission, incoming:
             raise Rejected("chunk", f"chunks have 1 to {CHUNK_BYTES} bytes, {size} in all")
         await incoming.write(chunk)
         received.inc(len(chunk))
+
+
+def _check_have(have: Sequence[int]) -> None:
+    if len(have) > MAX_HAVE:
+        raise Rejected("have", f"{len(have)} versions; at most {MAX_HAVE} may be named")
 
 
 def _wanted(request: weights_pb2.WatchRequest) -> Wanted | None:

@@ -170,7 +170,7 @@ class WeightsClient:
         goes on where it broke, also in a later call.
         """
         arrived = None
-        for watch in self._watches.values():
+        for watch in list(self._watches.values()):
             arrived = arrived or await watch.arrived(version)
         manifest, copy = arrived or await self._fetching.version(version, timeout)
         if arrived is None or any(watch.names(version) for watch in self._watches.values()):

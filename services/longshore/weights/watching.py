@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import grpc.aio
 import structlog
 
-from longshore.errors import LongshoreError
+from longshore.errors import LongshoreError, Rejected
 from longshore.proto.v1 import weights_pb2, weights_pb2_grpc
 from longshore.types import JobRef
 from longshore.weight_store import metrics
@@ -167,13 +167,19 @@ class PointerWatch:
         self._call = self._stub.Watch(request)
         try:
             async for response in self._call:
-                backoff.reset()
                 await self._take(response)
+                if not (response.HasField("push") or response.chunk):
+                    # Not for a version alone: a store may send the same bad one again and again.
+                    backoff.reset()
         finally:
             self._call.cancel()
             self._call = None
 
     async def _take(self, response: weights_pb2.WatchResponse) -> None:
+        if response.HasField("push") or response.HasField("pointer"):
+            short = self._arrivals.cut_short()
+            if short is not None:
+                self._fault(short, Rejected("chunk", "fewer bytes came than were announced"))
         if response.HasField("push"):
             self._arrivals.begin(await self._manifests.opened(response.push.manifest), response.push)
         if response.chunk:
@@ -184,10 +190,20 @@ class PointerWatch:
         if response.push_broken:
             self._arrivals.broken()
         if response.HasField("pointer"):
-            try:
-                self.note(await self._manifests.pointer(response.pointer, self.name))
-            except LongshoreError as error:
-                log.warning("a pointer was passed over", job=str(self._job), pointer=self.name, reason=str(error))
+            await self._pointed(response.pointer)
+
+    async def _pointed(self, signed: weights_pb2.SignedPointer) -> None:
+        try:
+            state = await self._manifests.pointer(signed, self.name)
+            if state.expires_at <= time.time():
+                raise Rejected("expired", f"{self.name} expired {time.time() - state.expires_at:.0f} s ago")
+            if self.state is not None and state.serial < self.state.serial:
+                raise Rejected("serial", f"{self.name} was seen with serial {self.state.serial}, not {state.serial}")
+        except LongshoreError as error:
+            metrics.fault(self._job, "pointer")
+            log.warning("a pointer was passed over", job=str(self._job), pointer=self.name, reason=str(error))
+        else:
+            self.note(state)
 
     def _new_arrivals(self) -> Arrivals:
         return Arrivals(self._copies, self._fault)
