@@ -1,139 +1,37 @@
-"""What every engine must do, run against each of them. A new engine adds a maker to ENGINES and nothing else."""
+"""What every engine must do, run against each of them (tests/support/engine_rig.py)."""
 
 from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 import pytest
 import torch
-from tiny_llama import CONTEXT, VOCABULARY, config_json, named_tensors, reference_logprobs, tiny_model
+from engine_rig import (
+    ENGINES,
+    LONG,
+    PROMPT,
+    SLOTS,
+    WAIT_S,
+    PausedAtFirstEvent,
+    Rig,
+    assert_matches,
+    carried_logprobs,
+    takes_requests,
+)
+from tiny_llama import CONTEXT, VOCABULARY, named_tensors, reference_logprobs, tiny_model
 from transformers import LlamaForCausalLM
 
-from longshore.errors import IntegrityError, LongshoreError, Rejected, Unavailable
+from longshore.errors import IntegrityError, Rejected, Unavailable
 from longshore.generator.engine import (
-    Emit,
     Engine,
     EngineEvent,
-    EngineRequest,
     Failure,
     QueueFull,
-    RequestFailed,
-    TokensDrawn,
 )
-from longshore.generator.llama_config import read_config
-from longshore.generator.metrics import EngineMetrics
-from longshore.generator.torch_slots import SlotOptions, TorchSlotsEngine
-from longshore.types import FinishReason, JobRef, KvMark, Sampling, VersionConstraint
-
-WAIT_S = 20.0
-SLOTS = 4
-PROMPT = (3, 4, 5, 6)
-# Longer than any test lets it become: such a request runs until it is aborted or the weights are swapped under it.
-LONG = CONTEXT
-
-
-def _torch_slots(model: LlamaForCausalLM, emit: Emit, slots: int, max_waiting: int) -> Engine:
-    options = SlotOptions(slots=slots, max_waiting=max_waiting, cache_bytes=1 << 30, seed=1)
-    return TorchSlotsEngine(
-        read_config(config_json(model)), options, emit, EngineMetrics(JobRef("default", "contract"))
-    )
-
-
-ENGINES: dict[str, Callable[[LlamaForCausalLM, Emit, int, int], Engine]] = {"torch-slots": _torch_slots}
-
-
-@dataclass
-class Outcome:
-    """All that an engine said of one request."""
-
-    events: list[TokensDrawn] = field(default_factory=list)
-    failure: RequestFailed | None = None
-
-    @property
-    def tokens(self) -> list[int]:
-        return [token for event in self.events for token in event.token_ids]
-
-    @property
-    def logprobs(self) -> torch.Tensor:
-        return torch.tensor([value for event in self.events for value in event.logprobs])
-
-    @property
-    def finish(self) -> FinishReason | None:
-        return self.events[-1].finish if self.events else None
-
-    @property
-    def ended(self) -> bool:
-        return self.failure is not None or self.finish is not None
-
-
-class Rig:
-    """An engine and a place where its events are gathered; `on_events` sees them first, on the engine's thread."""
-
-    def __init__(self, make: Callable[..., Engine], model: LlamaForCausalLM, slots: int, max_waiting: int) -> None:
-        self.on_events: Callable[[Sequence[EngineEvent]], None] = lambda events: None
-        self._events: queue.Queue[EngineEvent] = queue.Queue()
-        self.outcomes: dict[str, Outcome] = {}
-        self.engine = make(model, self._emit, slots, max_waiting)
-
-    def _emit(self, events: Sequence[EngineEvent]) -> None:
-        self.on_events(events)
-        for event in events:
-            self._events.put(event)
-
-    def serve(self, model: LlamaForCausalLM, version: int) -> None:
-        self.engine.stage(version, named_tensors(model))
-        self.engine.swap().result(WAIT_S)
-
-    def submit(
-        self,
-        name: str,
-        prompt: Sequence[int] = PROMPT,
-        *,
-        tokens: int = 6,
-        temperature: float = 1.0,
-        stop: tuple[int, ...] = (),
-        version: tuple[int | None, int | None] = (None, None),
-        seconds: float = WAIT_S,
-    ) -> None:
-        request = EngineRequest(
-            name,
-            tuple(prompt),
-            Sampling(temperature, tokens, stop),
-            deadline=time.monotonic() + seconds,
-            version=VersionConstraint(*version),
-        )
-        self.engine.submit(request)
-
-    def take(self) -> None:
-        """Waits for one more event."""
-        event = self._events.get(timeout=WAIT_S)
-        outcome = self.outcomes.setdefault(event.request_id, Outcome())
-        assert not outcome.ended, f"an event after the last one: {event}"
-        if isinstance(event, RequestFailed):
-            outcome.failure = event
-        else:
-            assert len(event.token_ids) == len(event.logprobs) > 0
-            outcome.events.append(event)
-
-    def wait(self, *names: str) -> list[Outcome]:
-        while not all(name in self.outcomes and self.outcomes[name].ended for name in names):
-            self.take()
-        return [self.outcomes[name] for name in names]
-
-    def reply(self, name: str, *args: object, **options: object) -> Outcome:
-        self.submit(name, *args, **options)  # type: ignore[arg-type]
-        return self.wait(name)[0]
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not condition():
-            assert time.monotonic() < deadline, f"never came: {self.engine.status()}"
-            time.sleep(0.002)
+from longshore.types import FinishReason, KvMark
 
 
 @pytest.fixture(scope="module")
@@ -162,34 +60,6 @@ def rig(make: Callable[..., Engine], old: LlamaForCausalLM) -> Iterator[Rig]:
     rig.engine.close()
     assert rig.engine.ended.done()
     assert rig.engine.ended.exception() is None
-
-
-class PausedAtFirstEvent:
-    """Holds the engine's thread inside its callback at the first event of a request: what is done meanwhile comes
-    between two decode steps for certain."""
-
-    def __init__(self, rig: Rig, name: str) -> None:
-        self._seen: queue.Queue[None] = queue.Queue()
-        self._go: queue.Queue[None] = queue.Queue()
-        self._name = name
-        rig.on_events = self._on_events
-
-    def _on_events(self, events: Sequence[EngineEvent]) -> None:
-        if self._name and any(event.request_id == self._name for event in events):
-            self._name = ""
-            self._seen.put(None)
-            self._go.get(timeout=WAIT_S)
-
-    def __enter__(self) -> None:
-        self._seen.get(timeout=WAIT_S)
-
-    def __exit__(self, *error: object) -> None:
-        self._go.put(None)
-
-
-def assert_matches(outcome: Outcome, model: LlamaForCausalLM, prompt: Sequence[int], temperature: float = 1.0) -> None:
-    expected = reference_logprobs(model, prompt, outcome.tokens, temperature)
-    torch.testing.assert_close(outcome.logprobs, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
@@ -333,20 +203,6 @@ def test_a_swap_under_a_request_gives_one_span_a_version(
     # Whoever comes after the swap sees nothing of the old weights.
     assert {(event.version, event.kv) for event in fresh.events} == {(2, KvMark.RECOMPUTED)}
     assert_matches(fresh, new, PROMPT)
-
-
-def carried_logprobs(
-    old: LlamaForCausalLM, new: LlamaForCausalLM, prompt: Sequence[int], reply: list[int], drawn_before: int
-) -> torch.Tensor:
-    """Teacher forcing with a swap: the new weights read the keys and values that the old ones left, all but the
-    pending token's."""
-    sequence = [*prompt, *reply]
-    switch = len(prompt) + drawn_before - 1
-    with torch.no_grad():
-        first = old(torch.tensor([sequence[:switch]]), use_cache=True)
-        second = new(torch.tensor([sequence[switch:]]), past_key_values=first.past_key_values)
-    logits = torch.cat((first.logits[0], second.logits[0]))[len(prompt) - 1 : -1]
-    return torch.log_softmax(logits, -1).gather(1, torch.tensor(reply).unsqueeze(1)).squeeze(1)
 
 
 def test_two_swaps_under_a_request_keep_the_oldest_version(rig: Rig, new: LlamaForCausalLM) -> None:
@@ -516,20 +372,10 @@ def test_a_closed_engine_takes_nothing_and_fails_a_swap_that_waits(rig: Rig, new
         # Tells the thread to end; joining it has to wait until it is let go.
         closer = threading.Thread(target=rig.engine.close)
         closer.start()
-        rig.until(lambda: not _open(rig))
+        rig.until(lambda: not takes_requests(rig))
     closer.join(WAIT_S)
     with pytest.raises(Unavailable):
         swapped.result(WAIT_S)
-
-
-def _open(rig: Rig) -> bool:
-    try:
-        rig.submit(f"probe-{time.monotonic_ns()}", version=(9, None))
-    except QueueFull:
-        return True
-    except LongshoreError:
-        return False
-    return True
 
 
 def test_an_error_in_the_thread_ends_the_engine_for_all_to_see(

@@ -44,9 +44,7 @@ class World:
         self.published: dict[int, bytes] = {}
 
     async def start(self) -> None:
-        self.origin.start().wait_serving()
         await self.link.start()
-        await self.learner.register_key(100)
         spec = {
             "name": "mirrored",
             "tasks": {"source": "jsonl"},
@@ -73,15 +71,20 @@ class World:
             weights_dir=self.folder / "mirror",
             spool_dir=self.folder / "spool",
         )
-        self.relay.start().wait_serving()
+        # Both at once: starting is most of what a test takes.
+        self.origin.start()
+        self.relay.start()
+        await asyncio.to_thread(self.origin.wait_serving)
+        await self.learner.register_key(100)
+        await asyncio.to_thread(self.relay.wait_serving)
 
     async def close(self) -> None:
         for client in self._clients:
             await client.close()
         await self.link.stop()
-        for service in (self.relay, self.origin):
-            if service is not None:
-                service.stop()
+        # In threads, so that connections whose other end is here can end.
+        ending = [asyncio.to_thread(service.stop) for service in (self.relay, self.origin) if service is not None]
+        await asyncio.gather(*ending)
 
     def client(self, address: str, *, copies: bool = True) -> WeightsClient:
         held = Copies[int](3, 1 << 30) if copies else None

@@ -104,14 +104,15 @@ class Scheduler:
 
     @property
     def swap_is_held(self) -> bool:
-        """Whether requests in flight need the served version after the swap, and there is no room to keep it beside."""
-        return self._is_needed() and len(self._beside) + 2 > self._residents
+        """Whether requests in flight need the served version after the swap, and every place beside is in use."""
+        return self._is_needed() and self._is_full() and self._idle() is None
 
     def swapped(self) -> tuple[list[TokensDrawn], list[RequestFailed], list[int]]:
         """Makes the next version the served one; nothing may hold the swap.
 
         Returns the events of tokens that the old version drew, the failures of waiting requests that ask for versions
-        which are gone, and the slots that stay with the old version, which then is resident beside the new one.
+        which are gone, and the slots that stay with the old version, which then is resident beside the new one: in the
+        place of one that nobody uses, if there is no other.
         """
         assert self.next_version is not None
         assert not self.swap_is_held
@@ -120,6 +121,9 @@ class Scheduler:
             slot for slot, reply in self._running.items() if reply.version == old and self._holds_swap(reply.request)
         ]
         if old is not None and self._is_needed():
+            idle = self._idle() if self._is_full() else None
+            if idle is not None:
+                del self._beside[idle]
             self._beside[old] = False
         self._beside.pop(new, None)
         self.version, self.next_version = new, None
@@ -144,7 +148,7 @@ class Scheduler:
             return None
         gone = None
         if len(self._beside) + 2 > self._residents:
-            gone = next((held for held in self._beside if not self._has_users(held)), None)
+            gone = self._idle()
             if gone is None:
                 raise Unavailable(f"no room for version {version} beside the {self._residents} that are in use")
             del self._beside[gone]
@@ -163,6 +167,14 @@ class Scheduler:
         if self.version is not None and _accepts(request, self.version):
             return self.version
         return next((version for version in reversed(self._beside) if _accepts(request, version)), None)
+
+    def _is_full(self) -> bool:
+        """Whether there is no room for the served version beside the next one."""
+        return len(self._beside.keys() - {self.next_version}) + 2 > self._residents
+
+    def _idle(self) -> int | None:
+        """The oldest version beside the served one that nobody uses."""
+        return next((held for held in self._beside if held != self.next_version and not self._has_users(held)), None)
 
     def _has_users(self, version: int) -> bool:
         if any(reply.version == version for reply in self._running.values()):

@@ -14,7 +14,7 @@ import grpc.aio
 import structlog
 import torch
 
-from longshore.errors import Rejected, Unavailable
+from longshore.errors import NotFound, Rejected, Unavailable
 from longshore.generator import metrics
 from longshore.generator.config import GeneratorSettings
 from longshore.generator.engine import (
@@ -130,17 +130,23 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
         )
 
     async def _have_resident(self, engine: Engine, request: EngineRequest) -> None:
-        """Brings the version that a request is pinned to, if it is none of those in memory. Raises Unavailable."""
+        """Brings the version that a request is pinned to, if it is none of those in memory.
+
+        One above the served version that cannot be brought may be still to come: the engine waits for it. Raises
+        NotFound, IntegrityError, Unavailable.
+        """
         pinned = request.version.min_version
         if pinned is None or pinned != request.version.max_version or self.keep is None:
             return
         status = engine.status()
-        # A version that is still to come is waited for by the engine.
-        if status.version is None or pinned >= status.version or pinned in status.beside:
+        if status.version is None or pinned in (status.version, *status.beside):
             return
         try:
             async with asyncio.timeout(request.deadline - time.monotonic()):
                 await self.keep(pinned)
+        except (NotFound, Unavailable):
+            if pinned < status.version:
+                raise
         except TimeoutError:
             raise Unavailable(f"version {pinned} could not be brought within the request's deadline") from None
 

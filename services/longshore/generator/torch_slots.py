@@ -182,12 +182,13 @@ class TorchSlotsEngine:
         for act in acts:
             act()
         self._sweep()
-        for version in self._scheduler.forget_unused():
-            del self._beside[version]
         self._try_swap()
         self._prefill()
         if self._scheduler.num_running:
             self._decode()
+        # Before the loop may sleep: their memory is wanted elsewhere.
+        for version in self._scheduler.forget_unused():
+            del self._beside[version]
         self._report()
         return True
 
@@ -236,7 +237,7 @@ class TorchSlotsEngine:
         old = self._scheduler.version
         events, failures, staying = self._scheduler.swapped()
         self._events += [*events, *failures]
-        self._beside.pop(staged.version, None)
+        self._beside = {held: self._beside[held] for held in self._scheduler.beside if held != old}
         if old in self._scheduler.beside and self._decoder.weights is not None:
             self._beside[old] = self._decoder.weights
             self._decoder.stay(staying)

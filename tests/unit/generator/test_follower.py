@@ -3,102 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
+from follower_bench import ASSETS, CANARY, WAIT_S, Bench, refusals
 from tiny_llama import canary_logprobs, config_json, published, tiny_model
 
-from longshore.errors import ConfigError, Unavailable
+from longshore.errors import ConfigError
 from longshore.generator import follower as follower_module
-from longshore.generator.engine import Engine
-from longshore.generator.follower import Follower
-from longshore.generator.llama_config import read_config
-from longshore.generator.metrics import REFUSED, EngineMetrics
-from longshore.generator.torch_slots import SlotOptions, TorchSlotsEngine
-from longshore.types import JobRef
-from longshore.weights.client import CanaryProbe, News, PolicyVersion
-
-JOB = JobRef("default", "follower")
-WAIT_S = 20.0
-CANARY = (1, 2, 3, 4)
-ASSETS = "a" * 64
-
-
-class Store:
-    """An in-memory weight store: what it holds is what a verified fetch gives."""
-
-    def __init__(self) -> None:
-        self.versions: dict[int, PolicyVersion] = {}
-        self.bundles = {ASSETS: {"config.json": config_json(tiny_model(0))}}
-        self.fetched: list[int] = []
-        self.failures = 0
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self._heads: asyncio.Queue[News] = asyncio.Queue()
-
-    def publish(self, version: int, *, head: bool = True, **changes: object) -> None:
-        model = tiny_model(version)
-        tensors = published(model)
-        made = PolicyVersion(
-            version=version,
-            train_step=version,
-            learner_epoch=1,
-            assets_sha256=ASSETS,
-            layout_sha256="",
-            checksum="",
-            canaries=(CanaryProbe(CANARY, canary_logprobs(model, CANARY)),),
-            tensors=tensors,
-        )
-        self.versions[version] = dataclasses.replace(made, **changes)  # type: ignore[arg-type]
-        if head:
-            self._heads.put_nowait(News(version, published=True))
-
-    def push(self, version: int, **changes: object) -> None:
-        """Its bytes are here before the pointer."""
-        self.publish(version, head=False, **changes)
-        self._heads.put_nowait(News(version, published=False))
-
-    async def watch(self, pointer: str) -> AsyncIterator[News]:
-        assert pointer == "head"
-        while True:
-            yield await self._heads.get()
-
-    async def fetch(self, version: int) -> PolicyVersion:
-        self.fetched.append(version)
-        await self.gate.wait()
-        if self.failures:
-            self.failures -= 1
-            raise Unavailable("the store is away")
-        return self.versions[version]
-
-    async def assets(self, sha256: str) -> dict[str, bytes]:
-        return self.bundles[sha256]
-
-
-class Bench:
-    def __init__(self) -> None:
-        self.store = Store()
-        self.engine: Engine | None = None
-        self.serving: list[int | None] = []
-        self.follower = Follower(self.store, self._make, self._on_version, JOB)
-        self.task = asyncio.create_task(self.follower.run())
-
-    def _make(self, config: bytes) -> Engine:
-        options = SlotOptions(slots=2, max_waiting=4, cache_bytes=1 << 20, seed=0)
-        self.engine = TorchSlotsEngine(read_config(config), options, lambda events: None, EngineMetrics(JOB))
-        return self.engine
-
-    async def _on_version(self, engine: Engine) -> None:
-        self.serving.append(engine.status().version)
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(WAIT_S):
-            while not condition():
-                if self.task.done():
-                    self.task.result()
-                await asyncio.sleep(0.002)
+from longshore.weights.client import CanaryProbe
 
 
 @pytest.fixture
@@ -106,20 +20,7 @@ async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
     monkeypatch.setattr(follower_module, "FIRST_PAUSE_S", 0.01)
     bench = Bench()
     yield bench
-    bench.task.cancel()
-    await asyncio.gather(bench.task, return_exceptions=True)
-    if bench.engine is not None:
-        bench.engine.close()
-
-
-@pytest.fixture(autouse=True)
-def _clear_refusals() -> Iterator[None]:
-    yield
-    REFUSED.clear()
-
-
-def refusals(reason: str) -> float:
-    return REFUSED.labels(JOB.project, JOB.job, reason)._value.get()
+    await bench.close()
 
 
 async def test_serves_the_first_version_and_every_one_that_follows(bench: Bench) -> None:

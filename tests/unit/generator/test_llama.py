@@ -194,3 +194,26 @@ def test_equal_seeds_draw_equal_tokens() -> None:
         decoder.prefill([0, 1, 2, 3], [(1, 2)] * 4, [1.0] * 4)
         drawn.append([decoder.decode().tokens for _ in range(8)])
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_matrices_are_used_again_where_nothing_changed() -> None:
+    """Also a matrix of several tensors, which is made anew when one of them has changed."""
+    model, other = tiny_model(0), tiny_model(1)
+    shape = read_config(config_json(model))
+    views = TorchViews()
+    first, changed = published(model), {tensor.name: tensor for tensor in published(other)}
+    before = build_weights(shape, views.of(first))
+    name = "model.layers.1.self_attn.k_proj.weight"
+    second = [changed[name] if tensor.name == name else tensor for tensor in first]
+    after = build_weights(shape, views.of(second), before)
+    assert after.embedding is before.embedding
+    assert after.layers[0] == before.layers[0]
+    assert after.layers[1].gate_up is before.layers[1].gate_up
+    assert after.layers[1].qkv is not before.layers[1].qkv
+    alone = build_weights(shape, TorchViews().of(second))
+    assert torch.equal(after.layers[1].qkv, alone.layers[1].qkv)
+    assert not torch.equal(after.layers[1].qkv, before.layers[1].qkv)
+    # Equal bytes in another place in memory are no reason: only the very same tensor is known not to have changed.
+    copied = build_weights(shape, TorchViews().of(first), before)
+    assert copied.embedding is not before.embedding
+    assert torch.equal(copied.embedding, before.embedding)

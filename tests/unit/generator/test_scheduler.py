@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from longshore.errors import Unavailable
 from longshore.generator import scheduler as scheduler_module
 from longshore.generator.engine import EngineRequest, Failure, RequestFailed
 from longshore.generator.scheduler import Scheduler
@@ -16,8 +17,8 @@ def request(name: str, version: Bounds = (None, None), *, deadline: float = 100.
     return EngineRequest(name, (1,) * prompt, Sampling(1.0, 4), deadline, VersionConstraint(*version))
 
 
-def scheduler(slots: int = 2, version: int | None = 5) -> Scheduler:
-    made = Scheduler(slots, context=16)
+def scheduler(slots: int = 2, version: int | None = 5, residents: int = 1) -> Scheduler:
+    made = Scheduler(slots, context=16, residents=residents)
     made.version = version
     return made
 
@@ -168,3 +169,145 @@ def test_deadlines_end_running_and_waiting_requests() -> None:
     assert {item.failure for item in failures} == {Failure.DEADLINE}
     assert slots == [reply.slot]
     assert admitted(made) == ["patient"]
+
+
+def pinned(version: int) -> Bounds:
+    return version, version
+
+
+def swap(made: Scheduler, version: int) -> tuple[list[str], list[str], list[int]]:
+    """To a version, when nothing holds it; names of events and failures, and the slots that stay."""
+    made.next_version = version
+    assert not made.swap_is_held
+    events, failures, staying = made.swapped()
+    return [event.request_id for event in events], [failure.request_id for failure in failures], staying
+
+
+def test_a_pinned_request_stays_with_its_version_beside_the_new_one() -> None:
+    made = scheduler(residents=2)
+    made.add(request("pinned", pinned(5)))
+    made.add(request("free"))
+    slots = {reply.request.request_id: reply.slot for reply in made.admit()}
+    for slot in slots.values():
+        made.drawn(slot, 1, -0.5, now=0.0)
+    assert swap(made, 6) == (["free"], [], [slots["pinned"]])
+    assert (made.version, made.beside) == (6, (5,))
+    for _ in range(3):
+        events = [made.drawn(slot, 2, -0.5, now=0.0) for slot in (slots["pinned"], slots["free"])]
+    assert [(event.request_id, event.version, event.kv) for event in events if event] == [
+        ("pinned", 5, KvMark.RECOMPUTED),
+        ("free", 6, KvMark.CARRIED),
+    ]
+    # It was held for that request alone.
+    assert made.forget_unused() == [5]
+    assert made.beside == ()
+
+
+def test_a_request_that_waits_for_a_version_beside_is_admitted_under_it() -> None:
+    made = scheduler(slots=1, residents=2)
+    made.add(request("running", pinned(5)))
+    made.add(request("waiting", pinned(5)))
+    (first,) = made.admit()
+    assert swap(made, 6) == ([], [], [first.slot])
+    assert made.forget_unused() == []
+    made.drop("running")
+    assert made.forget_unused() == []
+    (second,) = made.admit()
+    assert (second.request.request_id, second.version) == ("waiting", 5)
+    # A newcomer too, as long as the version is here; afterwards it is gone for good.
+    assert made.add(request("late", pinned(5))) is None
+    made.drop("waiting")
+    made.drop("late")
+    assert made.forget_unused() == [5]
+    failure = made.add(request("too late", pinned(5)))
+    assert failure is not None
+    assert failure.failure is Failure.VERSION
+
+
+def test_who_accepts_both_is_answered_by_the_served_version() -> None:
+    made = scheduler(residents=2)
+    assert made.keep(4) is None
+    made.add(request("any", (4, None)))
+    made.add(request("older", (None, 4)))
+    assert {reply.request.request_id: reply.version for reply in made.admit()} == {"any": 5, "older": 4}
+
+
+def test_a_kept_version_stays_until_its_place_is_needed() -> None:
+    made = scheduler(residents=3)
+    assert (made.keep(3), made.keep(4), made.keep(5)) == (None, None, None)
+    assert made.beside == (3, 4)
+    assert made.forget_unused() == []
+    made.add(request("uses 3", pinned(3)))
+    # The oldest that nobody uses goes, not the oldest.
+    assert made.keep(2) == 4
+    assert made.beside == (3, 2)
+    made.add(request("uses 2", pinned(2)))
+    with pytest.raises(Unavailable, match="no room for version 1 beside the 3"):
+        made.keep(1)
+    assert made.beside == (3, 2)
+    made.drop("uses 3")
+    assert made.keep(1) == 3
+
+
+def test_a_version_that_is_kept_again_outlives_its_last_request() -> None:
+    made = scheduler(residents=2)
+    made.add(request("pinned", pinned(5)))
+    made.admit()
+    swap(made, 6)
+    assert made.keep(5) is None
+    made.drop("pinned")
+    assert made.forget_unused() == []
+    assert made.beside == (5,)
+
+
+def test_without_a_place_a_pinned_request_holds_the_swap() -> None:
+    made = scheduler(residents=2)
+    made.keep(4)
+    made.add(request("uses 4", pinned(4)))
+    made.add(request("uses 5", pinned(5)))
+    made.admit()
+    made.next_version = 6
+    assert made.swap_is_held
+    # Nor is another one taken that would hold it longer.
+    assert made.add(request("late", pinned(5))) is not None
+    made.drop("uses 4")
+    assert not made.swap_is_held
+
+
+def test_a_version_that_nobody_uses_makes_room_for_one_that_is_in_use() -> None:
+    made = scheduler(residents=2)
+    made.keep(4)
+    made.add(request("uses 5", pinned(5)))
+    (reply,) = made.admit()
+    assert swap(made, 6) == ([], [], [reply.slot])
+    assert made.beside == (5,)
+
+
+def test_going_back_to_a_version_that_is_beside_needs_no_place_more() -> None:
+    made = scheduler(residents=2)
+    made.keep(4)
+    made.add(request("uses 4", pinned(4)))
+    made.add(request("uses 5", pinned(5)))
+    slots = {reply.request.request_id: reply.slot for reply in made.admit()}
+    assert swap(made, 4) == ([], [], [slots["uses 5"]])
+    assert (made.version, made.beside) == (4, (5,))
+    made.drop("uses 5")
+    assert made.forget_unused() == [5]
+
+
+def test_a_swap_that_nobody_objects_to_keeps_nothing() -> None:
+    made = scheduler(residents=2)
+    made.add(request("free"))
+    made.admit()
+    swap(made, 6)
+    assert made.beside == ()
+
+
+def test_a_skipped_version_beside_still_answers() -> None:
+    made = scheduler(residents=3)
+    made.keep(7)
+    made.add(request("seven", pinned(7)))
+    assert [reply.version for reply in made.admit()] == [7]
+    assert swap(made, 9) == ([], [], [])
+    made.add(request("again", pinned(7)))
+    assert [reply.version for reply in made.admit()] == [7]
