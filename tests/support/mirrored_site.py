@@ -13,9 +13,10 @@ from longshore.relay.site_weights import SiteWeights
 from longshore.rpc.server import RpcServer
 from longshore.types import JobRef
 from longshore.weight_store.copies import Copies as StoreCopies
+from longshore.weight_store.layout import VersionKey
 from longshore.weight_store.objects import open_objects
 from longshore.weight_store.servicer import WeightsServicer
-from longshore.weight_store.store import WeightStore
+from longshore.weight_store.store import POLICY, WeightStore
 from longshore.weights.client import Copies, WeightsClient
 
 WAIT_S = 20.0
@@ -24,7 +25,7 @@ WAIT_S = 20.0
 class MirroredSite:
     """What `relay/service.py` makes of them, without the tickets' two sides and the upkeep."""
 
-    def __init__(self, folder: Path, job: JobRef, public_key: bytes, home: str) -> None:
+    def __init__(self, folder: Path, job: JobRef, public_key: bytes, home: str, listen: str = "127.0.0.1:0") -> None:
         self.faults = 0
         self.link: list[bool] = []
         self._job = job
@@ -33,10 +34,10 @@ class MirroredSite:
         objects = open_objects(str(folder / "mirror"))
         self.store = WeightStore(objects, copies=StoreCopies(16, 1 << 30), mirror=True)
         self._servicer = WeightsServicer(self.store, str(objects.root))
-        site = SiteWeights(self.store, self._servicer, job, public_key, keep=16)
-        self.mirror = Mirror(self._home, site, self.link.append, self._fault)
+        self._site = SiteWeights(self.store, self._servicer, job, public_key, keep=16)
+        self.mirror = Mirror(self._home, self._site, self.link.append, self._fault)
         self._servicer.upstream = self.mirror
-        self._server = RpcServer("127.0.0.1:0")
+        self._server = RpcServer(listen)
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(self._servicer, self._server.server)
         self._stop = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
@@ -63,6 +64,13 @@ class MirroredSite:
                 if self._running.done():
                     self._running.result()
                 await asyncio.sleep(0.005)
+
+    def manifest(self, version: int) -> bytes:
+        """As the site's store has it. Raises NotFound."""
+        return self.store.version(self._job, VersionKey(POLICY, version))[0].manifest
+
+    def versions(self) -> list[int]:
+        return self.store.versions(self._job, POLICY, None, 1000)
 
     async def until_head(self, version: int) -> None:
         def there() -> bool:

@@ -326,6 +326,10 @@ async def test_a_new_key_is_asked_for_in_the_middle_of_a_stream(bench: Bench) ->
     bench.home.keys_told.rotations.add(key_id="second")
     bench.home.say(push(signed(3, key_id="second"), step(3, DATA)), chunk(DATA), pointer(3, key_id="second"))
     await bench.head(3)
+    # By a pointer as well, when nothing else bears the key.
+    bench.home.keys_told.rotations.add(key_id="third")
+    bench.home.say(pointer(3, 2, name="serving", key_id="third"), pointer="serving")
+    await bench.until(lambda: bench.site.pointers.get("serving") == 3)
     assert bench.faults == 0
     assert len(bench.home.streams["head"]) == 1
 
