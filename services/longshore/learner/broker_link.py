@@ -8,6 +8,7 @@ A broker whose memory is full is not waited for: what would free it is the owner
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -88,8 +89,10 @@ class BrokerLink:
                 return self.epoch
 
     async def confirm(self) -> None:
-        """Raises Fenced when a newer epoch is open."""
-        current = await self._call(lambda: self._tickets.raise_epoch(self.epoch))
+        """Raises Fenced when a newer epoch is open, as far as that can be told: the broker may be away."""
+        current = self.epoch
+        with contextlib.suppress(Unavailable):
+            current = await self._tickets.raise_epoch(self.epoch)
         if current > self.epoch:
             raise Fenced(f"learner epoch {self.epoch} has been superseded by {current}")
 
