@@ -159,10 +159,14 @@ def lineage(evidence: Evidence) -> list[str]:
     """Versions that are in the final model's line were made of the very batches that the surviving history names."""
     facts, kept = evidence.learner, surviving(evidence.learner.records)
     by_place = {(record.step, record.epoch): record for record in facts.records}
+    # A learner that starts from a checkpoint publishes it, where the one before did not come to: no batch is recorded.
+    begun = {(found.step, found.epoch) for found in facts.checkpoints.values()}
     breaches = []
     for version in _line(facts):
         found = facts.versions[version]
         made_of = by_place.get((found.step, found.epoch))
+        if made_of is None and any(step == found.step and epoch < found.epoch for step, epoch in begun):
+            continue
         if found.step and made_of is None:
             breaches.append(f"version {version} is of step {found.step}, epoch {found.epoch}, which has no record")
         elif made_of is not None and kept[found.step].uses != made_of.uses:

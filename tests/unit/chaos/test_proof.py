@@ -216,3 +216,12 @@ def test_a_checkpoint_is_read_as_the_ledger_writes_it():
     assert facts == CheckpointFacts(
         3, 8, 2, 5, {"job_finished": 2}, 3, {"0.0": "job_finished", "0.1": "job_finished"}, {"job_finished@home": 2}
     )
+
+
+def test_a_version_that_a_learner_published_of_the_checkpoint_it_began_with_needs_no_record() -> None:
+    evidence = good()
+    evidence.learner.versions[5] = VersionFacts(5, 5, 2, 4)
+    assert prove(evidence) == []
+    # Of step 6 there is no checkpoint.
+    evidence.learner.versions[6] = VersionFacts(6, 6, 2, 5)
+    assert len(prove(evidence)) == 1
