@@ -7,11 +7,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import hatch_build
-from longshore.weight_store.codec import kernels, native
+from longshore.weight_store.codec import delta, kernels, native
 from longshore.weight_store.codec.kernel_numpy import NumpyKernel
+from longshore.weight_store.payload import Tensor, tensor_info
 
 ROOT = Path(hatch_build.__file__).parent
 
@@ -50,13 +52,34 @@ def test_without_a_compiler_the_wheel_is_built_all_the_same(tree):
     assert not libraries
 
 
-def test_without_the_kernel_numpy_does_its_work(monkeypatch, tmp_path):
+@pytest.fixture
+def no_kernel(monkeypatch, tmp_path):
     def nowhere():
         return native.NativeKernel(tmp_path / "none.so")
 
     monkeypatch.setattr(native, "load", nowhere)
     kernels.best.cache_clear()
-    try:
-        assert isinstance(kernels.best(), NumpyKernel)
-    finally:
-        kernels.best.cache_clear()
+    yield
+    kernels.best.cache_clear()
+
+
+def test_without_the_kernel_numpy_does_its_work_and_does_not_take_on_too_much(no_kernel, monkeypatch):
+    assert isinstance(kernels.best(), NumpyKernel)
+    base = np.arange(60_000, dtype=np.uint16)
+    new = base.copy()
+    new[::20] ^= 1
+    before, after = ([Tensor("w", "bfloat16", (60_000,), own.tobytes())] for own in (base, new))
+    # Three thousand changes, each in Python, would be a tenth of a second; in a real model, minutes.
+    monkeypatch.setattr(NumpyKernel, "scan", None)
+    payload = delta.encode(before, after)
+    assert bytes(delta.decode(payload, before, [tensor_info(after[0])])[0].data) == new.tobytes()
+
+
+def test_a_library_of_older_source_is_as_good_as_none(tmp_path):
+    source, library = tmp_path / "old.c", tmp_path / "old.so"
+    source.write_text("int ls_compare(void) { return 0; }\n")
+    built = subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=False)
+    if built.returncode:
+        pytest.skip("no C compiler")
+    with pytest.raises(OSError, match="older source"):
+        native.NativeKernel(library)

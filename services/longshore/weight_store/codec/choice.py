@@ -17,6 +17,8 @@ SAME, SPARSE, SPARSE_ROWS, BLOCKS = 0, 1, 2, 3
 # Where more elements changed than that, a sample tells which of both is smaller.
 _SURELY_SPARSE = 0.2
 _SAMPLE_RUNS, _SAMPLE_RUN = 32, 512
+# Coding change by change takes some ten times as long as blocks where most elements changed: it must save that share.
+_WORTH_IT = 0.75
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,13 @@ def choose(kernel: Kernel, index: int, tensor: Tensor, old: Bytes, new: Bytes) -
     changes = kernel.compare(form, old, new)
     if not changes.total:
         return Choice(SAME)
+    if kernel.patience is not None and changes.total > kernel.patience:
+        return Choice(BLOCKS)
     rows, width = rows_of(tensor.shape)
     elements = rows * width
     if changes.total > _SURELY_SPARSE * elements:
         before, after = _sample(form, old), _sample(form, new)
-        if _sparse_bits(form, before, after) > 8 * _block_bytes(form, before, after):
+        if _sparse_bits(form, before, after) > _WORTH_IT * 8 * _block_bytes(form, before, after):
             return Choice(BLOCKS)
     alive = _rows_that_changed(changes, rows, width)
     own = cut(index, elements, alive)

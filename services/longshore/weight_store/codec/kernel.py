@@ -81,6 +81,9 @@ class Decoder(Protocol):
 class Kernel(Protocol):
     """Tensors are arrays of bytes."""
 
+    # Changes of a tensor beyond which coding each would take this kernel too long; None: there is no such number.
+    patience: int | None
+
     def compare(self, form: Format, old: Bytes, new: Bytes) -> Changes:
         """Both hold as many elements."""
 

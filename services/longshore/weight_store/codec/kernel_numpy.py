@@ -13,6 +13,9 @@ from longshore.weight_store.codec.streams import FLIPPED, StreamReader, StreamWr
 
 
 class NumpyKernel:
+    def __init__(self, patience: int | None = None) -> None:
+        self.patience = patience
+
     def compare(self, form: Format, old: Bytes, new: Bytes) -> Changes:
         before = words(form.width, old)
         differs = before != words(form.width, new)

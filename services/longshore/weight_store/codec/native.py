@@ -60,7 +60,9 @@ def load(folder: Path = FOLDER) -> NativeKernel:
 
 
 class NativeKernel:
-    """Raises OSError when the library is not there or cannot be loaded here."""
+    """Raises OSError when the library is not there, cannot be loaded here, or was built of older source."""
+
+    patience: int | None = None
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -74,7 +76,9 @@ class NativeKernel:
             ("ls_start", None, (p, p, i64, p)),
             ("ls_fill", None, (p, p, i64, i32, u32, i32)),
         ):
-            function = getattr(self._library, name)
+            function = getattr(self._library, name, None)
+            if function is None:
+                raise OSError(f"{library.name} was built of older source")
             function.restype, function.argtypes = result, arguments
 
     def compare(self, form: Format, old: Bytes, new: Bytes) -> Changes:
