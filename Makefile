@@ -40,7 +40,7 @@ SEED ?= 0
 test-chaos: $(VENV)/.dev ## kill, stop, cut off and fill up everything at random, then prove that nothing was lost
 	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(KILLS) --seed $(SEED) $(CHAOS)
 
-BENCHMARKS := queue egress stragglers recovery poison
+BENCHMARKS := queue egress stragglers recovery poison weight_sync
 bench: $(VENV)/.models ## every benchmark, half an hour in all, one after another; QUICK=--quick for five minutes
 	@mkdir -p build/bench
 	@failed=; for name in $(BENCHMARKS); do \

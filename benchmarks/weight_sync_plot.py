@@ -19,11 +19,11 @@ import zstandard
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.weight_sync_codec import CHAINS, entropy  # noqa: E402
 from benchmarks.weight_sync_steps import chain, missing  # noqa: E402
 from longshore.weight_store.codec import delta  # noqa: E402
 from longshore.weight_store.payload import Tensor  # noqa: E402
 
-CHAINS = Path("build") / "bench" / "chains"
 Bits = npt.NDArray[np.uint16]
 # Bytes of one tensor's change, given its bits before and after.
 Encoding = Callable[[Bits, Bits], int]
@@ -72,33 +72,10 @@ def bits_per_change(before: list[Tensor], after: list[Tensor]) -> dict[str, floa
         changed += int((a != b).sum())
         for name, encoding in PEERS.items():
             sizes[name] += encoding(a, b)
-        bound += conditional_entropy(a, b)
+        bound += entropy(a, b)
     ours = len(delta.encode(before, after))
     bits = {name: 8 * size / changed for name, size in sizes.items()}
     return {**bits, OURS: 8 * ours / changed, BOUND: bound / changed}
-
-
-def conditional_entropy(before: Bits, after: Bits) -> float:
-    """Bits of one tensor's mask and steps, where both ends know the tensor and each old value's exponent."""
-    exponents = (before >> 7) & 0xFF
-    moved = before != after
-    steps = _ordered(after[moved]) - _ordered(before[moved])
-    total = 0.0
-    for exponent in np.unique(exponents[moved]):
-        count = int((exponents == exponent).sum())
-        own = steps[exponents[moved] == exponent]
-        share = len(own) / count
-        if share < 1:
-            total -= count * (share * np.log2(share) + (1 - share) * np.log2(1 - share))
-        _, counts = np.unique(own, return_counts=True)
-        total -= float((counts * np.log2(counts / len(own))).sum())
-    return total
-
-
-def _ordered(bits: Bits) -> npt.NDArray[np.int32]:
-    """Floats' bits on the line of integers in their order."""
-    magnitude = (bits & 0x7FFF).astype(np.int32)
-    return np.where(bits >> 15 == 1, -magnitude, magnitude)
 
 
 def plot(results: dict[str, dict[str, float]], path: Path) -> None:
