@@ -141,9 +141,8 @@ async def test_bytes_come_before_they_have_all_been_sent_and_the_pointer_after(w
 
 async def test_a_delta_is_pushed_to_who_has_its_base_alone(weights, wire: Wire) -> None:
     await weights.publish(weights.client(), 0)
-    holder, stranger = Told(wire.watch(have=[0])), Told(wire.watch(have=[7], codecs=["safetensors"]))
+    holder, stranger = Told(wire.watch(have=[0])), Told(wire.watch(have=[7], codecs=["of the future"]))
     await holder.until("head is 0")
-    # Who holds nothing that is of use is sent the version itself, when its pointer is told.
     assert await stranger.until("head is 0") == ["push 0", "bytes", "head is 0"]
     go = asyncio.Event()
     parcel = with_delta(weights, 1, 0, 2**50)
@@ -305,6 +304,8 @@ async def test_a_reader_that_lost_its_base_is_served_from_what_it_still_has(weig
     news = reader.watch()
     await following(news, 0)
     await reader.fetch(0)
+    # What holds it after its proof has run.
+    await asyncio.sleep(0.01)
     before = faults(weights)
     reader._copies.discard(0)
     reader._watches["head"]._arrivals.close()
@@ -371,12 +372,6 @@ async def test_too_many_versions_are_refused(weights, wire: Wire) -> None:
         await call.read()
     assert info.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "65" in (info.value.details() or "")
-
-
-async def test_codecs_that_nobody_knows_bring_what_everybody_can_read(weights, wire: Wire) -> None:
-    await weights.publish(weights.client(), 0)
-    told = Told(wire.watch(have=[], codecs=["of the future"]))
-    assert await told.until("head is 0") == ["push 0", "bytes", "head is 0"]
 
 
 def held_client(weights: Any) -> WeightsClient:
