@@ -132,6 +132,13 @@ def test_a_prompt_computed_by_one_version_is_not_copied_for_the_other(rig: Rig, 
     for number, version in enumerate((1, 2, 1, 2, 2, 1)):
         outcome = rig.reply(str(number), PROMPT, tokens=6, version=(version, version))
         assert_matches(outcome, models[version], PROMPT)
+    # Nor when the other one has taken the place in which it was computed, and holds it.
+    rig.submit("other", PROMPT, tokens=LONG, version=(2, 2))
+    with PausedAtFirstEvent(rig, "other"):
+        rig.submit("again", PROMPT, tokens=6, version=(1, 1))
+    other, again = rig.wait("other", "again")
+    assert_matches(other, models[2], PROMPT)
+    assert_matches(again, models[1], PROMPT)
 
 
 def test_a_slot_is_as_good_as_new_after_another_versions_request(rig: Rig, models: Models) -> None:

@@ -186,9 +186,7 @@ class TorchSlotsEngine:
         self._prefill()
         if self._scheduler.num_running:
             self._decode()
-        # Before the loop may sleep: their memory is wanted elsewhere.
-        for version in self._scheduler.forget_unused():
-            del self._beside[version]
+        self._let_go()
         self._report()
         return True
 
@@ -225,6 +223,14 @@ class TorchSlotsEngine:
         self._events += failures
         if slots:
             self._decoder.release(slots)
+
+    def _let_go(self) -> None:
+        """Frees the versions that no request needs any more; before the loop may sleep."""
+        with self._wake:
+            # What has just come in may need one.
+            gone = [] if self._inbox else self._scheduler.forget_unused()
+        for version in gone:
+            del self._beside[version]
 
     def _begin_swap(self, staged: _Staged) -> None:
         self._next = staged
