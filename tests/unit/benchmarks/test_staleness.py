@@ -122,6 +122,7 @@ def test_a_task_that_is_learned_too_soon_is_void():
 
 def test_all_candidates_have_the_same_rate_and_batches():
     specs = [train_spec(name, GAMES[1], replace(PLAN, rate=2.0)) for name in PLAN.candidates]
+    rate = 2 * GAMES[1].learning_rate
     assert {(spec.learning_rate, spec.batch_size, spec.steps, spec.warmup_steps) for spec in specs} == {
-        (1e-3, 64, 4000, 32)
+        (rate, 64, 4000, 32)
     }
