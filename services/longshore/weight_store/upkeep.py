@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import structlog
@@ -85,7 +86,10 @@ class Upkeep:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         self._sweep()
         while (work := self._next()) is not None:
+            began = time.monotonic()
             self.work(*work)
+            # Half of the time at most, so that a learner on the same machine keeps its processors.
+            self._rest(time.monotonic() - began)
 
     def work(self, job: JobRef, weight_set: int) -> None:
         """Makes what the newest version of a weight set lacks. What fails is counted, logged, and tried again later."""
@@ -110,6 +114,10 @@ class Upkeep:
                 self._changed.wait(_WAIT_S)
                 self._store.copies.discard_unused(_COPY_IDLE_S)
             return None
+
+    def _rest(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped, min(seconds, _WAIT_S))
 
     def _sweep(self) -> None:
         """Removes what earlier lives of the process left behind."""
