@@ -59,6 +59,9 @@ def test_after_a_rotation_only_the_newest_key_publishes_and_moves_pointers(bench
     old = full_parcel(1, history(2)[1])
     with pytest.raises(Fenced, match=f"{KEY.key_id}.*superseded by key {SECOND.key_id}"):
         bench.publish(old)
+    old.header.ClearField("head")
+    with pytest.raises(Fenced, match="the manifest"):
+        bench.publish(old)
     with pytest.raises(Fenced):
         bench.point("serving", 0)
     bench.publish(full_parcel(1, history(2)[1], key=SECOND))
