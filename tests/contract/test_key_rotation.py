@@ -8,6 +8,9 @@ import pytest
 
 from longshore.errors import Conflict, Fenced
 from longshore.gateway.keys import rotate_key
+from longshore.gateway.prepare import job_paths, prepare
+from longshore.gateway.states import JobState
+from longshore.gateway.store import Job
 from longshore.settings import JobFile
 from longshore.signing import SigningKey
 from longshore.types import JobRef
@@ -79,3 +82,13 @@ async def test_only_the_newest_key_hands_over(weights, files: Files) -> None:
 async def test_a_job_that_was_never_started_has_no_key(tmp_path: Path) -> None:
     with pytest.raises(Conflict, match="not been started"):
         await rotate_key("127.0.0.1:9", tmp_path / "learner.key", tmp_path / "job.json")
+
+
+def test_a_job_that_is_prepared_again_still_trusts_its_first_key(tmp_path: Path) -> None:
+    job = Job("j-1", "default", "rotated", JobState.QUEUED, SPEC, "", 0.0, 0.0, {}, "")
+    paths = job_paths(tmp_path / "runs", tmp_path / "state", job.id)
+    first = prepare(job, paths).learner_public_key
+    assert first == SigningKey.load(paths.signing_key_file).public_key.hex()
+    paths.signing_key_file.unlink()
+    rotated = SigningKey.create(paths.signing_key_file).public_key.hex()
+    assert prepare(job, paths).learner_public_key == first != rotated

@@ -30,12 +30,21 @@ def prepare(job: Job, paths: JobPaths) -> JobFile:
         project=job.project,
         job=job.id,
         spec=JobSpec.model_validate(job.spec),
-        learner_public_key=key.public_key.hex(),
+        # The first key stays the one that is trusted, also after rotations: who starts there believes those after it.
+        learner_public_key=_first_key(paths.job_file) or key.public_key.hex(),
     )
     part = paths.job_file.with_suffix(".part")
     part.write_text(file.model_dump_json(indent=2) + "\n", encoding="utf-8")
     part.replace(paths.job_file)
     return file
+
+
+def _first_key(job_file: Path) -> str | None:
+    """The key that an earlier call wrote; None when there was none, or its file cannot be read any more."""
+    try:
+        return JobFile.model_validate_json(job_file.read_text(encoding="utf-8")).learner_public_key
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _key(path: Path) -> SigningKey:
