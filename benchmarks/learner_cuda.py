@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.util
 import statistics
 import time
 import traceback
@@ -44,7 +45,7 @@ class Variant:
 
 
 # Groups a step: with these few places of the packs stay empty (a number for the report says how many).
-GROUPS = 36
+GROUPS = 40
 
 
 def variants(model: str | None, *, quick: bool) -> list[Variant]:
@@ -52,10 +53,10 @@ def variants(model: str | None, *, quick: bool) -> list[Variant]:
     if model == "small":
         return [Variant("small", 2048, 2)]
     every = [
-        Variant("1.5b", 8192, GROUPS),
-        Variant("1b", 16384, GROUPS),
         Variant("1.5b", 16384, GROUPS),
-        Variant("0.5b", 16384, GROUPS),
+        Variant("1b", 16384, GROUPS),
+        Variant("0.5b", 32768, GROUPS),
+        Variant("1.5b", 8192, GROUPS),
         Variant("1.5b", 8192, GROUPS, compiled=False),
     ]
     chosen = [variant for variant in every if model in (None, variant.model)]
@@ -105,6 +106,10 @@ def measure(
         report.note(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     _attempt(report, "check", lambda: _check(report, device))
+    if importlib.util.find_spec("pydantic") is None:
+        report.skip("the trainer's step", "pydantic is not installed")
+    else:
+        _attempt(report, "the trainer's step", lambda: _check_trainer(report, device))
     longest = 40.0
     for variant in variants(model, quick=quick):
         clock = time.monotonic()
@@ -139,7 +144,7 @@ def _measure(report: Report, variant: Variant, device: str, kernels: Path | None
     took = statistics.median(times)
     trees = [micro.tree for micro in micro_batches(sequences, variant.pack_tokens)]
     used = model_flops(variant.model, trees, load.trained) / took / HOPPER_FLOPS
-    filled = sum(tree.size for tree in trees) / (len(trees) * variant.pack_tokens)
+    filled = sum(tree.size for tree in trees) / sum(step.compute.padded(tree) for tree in trees)
     told = f"{took:.3f} s a step ({min(times):.3f}-{max(times):.3f}), the first {first:.0f} s"
     packs = f"{load.trained} in {len(trees)} packs, which are {filled:.1%} full"
     report.note(f"{variant.name}: MFU {used:.3f}, {told}; {packs}")
@@ -168,6 +173,30 @@ def _check(report: Report, device: str) -> None:
         "float32 log-probs, largest difference from the CPU's", float((logp - expected_logp).abs().max()), at_most=1e-3
     )
     report.add("float32 gradients, largest relative difference from the CPU's", worst, at_most=1e-3)
+
+
+def _check_trainer(report: Report, device: str) -> None:
+    """What the learner itself calls: a step with all that may belong to one, against the same on the CPU."""
+    from longshore.config import TrainSpec
+    from longshore.learner.trainer import Trainer
+
+    made = []
+    for where in ("cpu", device):
+        document = {
+            "steps": 10,
+            "learning_rate": 1e-3,
+            "objective": {"name": "dapo"},
+            "kl": {"coefficient": 0.01},
+            "compute": {"device": where, "pack_tokens": 2048},
+        }
+        trainer = Trainer(make_model("small"), TrainSpec.model_validate(document))
+        metrics = [trainer.step(number, _small_sequences(), 0) for number in (1, 2)]
+        made.append((metrics[-1], [parameter.detach().cpu() for parameter in trainer.policy.parameters()]))
+    (expected, weights), (metrics, moved) = made
+    worst = max(abs(metrics[name] - expected[name]) / (abs(expected[name]) + 1e-3) for name in expected)
+    report.add("the trainer's metrics of a second step, relative to the CPU's", worst, at_most=0.01)
+    apart = max(float((a - b).norm() / b.norm()) for a, b in zip(moved, weights, strict=True))
+    report.add("weights after it, relative to the CPU's", apart, at_most=0.01)
 
 
 def _small_sequences() -> list[TrainSequence]:

@@ -95,14 +95,15 @@ def sequence_of(number: int, prompt: list[int], completion: list[int], advantage
 
 def make_load(model: str, groups: int, seed: int = 0) -> Load:
     """Groups of 8 with prompts of 256 tokens and completions of lognormal length, sigma 1, mean 256, at most 2048."""
-    rng = random.Random(seed)
+    # The lengths are the same whatever the vocabulary.
+    rng, lengths = random.Random(seed), random.Random(-1 - seed)
     vocabulary = MODELS[model][1]["vocab_size"]
 
     def text(length: int) -> list[int]:
         return [rng.randrange(2, vocabulary) for _ in range(length)]
 
     def length() -> int:
-        return min(LONGEST_COMPLETION, max(1, round(rng.lognormvariate(math.log(MEAN_COMPLETION) - 0.5, 1.0))))
+        return min(LONGEST_COMPLETION, max(1, round(lengths.lognormvariate(math.log(MEAN_COMPLETION) - 0.5, 1.0))))
 
     prompts = [text(PROMPT) for _ in range(groups)]
     completions = [[text(length()) for _ in range(GROUP_SIZE)] for _ in range(groups)]

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longshore.learner.sending import sent
 from longshore.learner.sequences import TrainSequence
 from longshore.learner.streams import TokenStreams, sampled_columns, streams_of
-from longshore.learner.token_tree import TokenTree, plant
+from longshore.learner.token_tree import Ints, TokenTree, plant
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same with its tensors on a device; the tree stays where it is."""
-        streams = TokenStreams(**{name: value.to(device) for name, value in vars(self.streams).items()})
+        streams = TokenStreams(**{name: sent(value, device) for name, value in vars(self.streams).items()})
         return dataclasses.replace(
-            self, places=self.places.to(device), targets=self.targets.to(device), streams=streams
+            self, places=sent(self.places, device), targets=sent(self.targets, device), streams=streams
         )
 
 
@@ -43,15 +44,16 @@ def micro_batches(sequences: Sequence[TrainSequence], max_tokens: int) -> Iterat
     The order is a function of the sequences alone, so a replayed step adds up its gradients in the same order. A
     sequence without a sampled token is left out, and so is what stands behind the last one.
     """
-    numbered = [(number, one) for number, one in enumerate(sequences) if sampled_columns(one).size]
+    columns = [sampled_columns(sequence) for sequence in sequences]
+    trained = [number for number, at in enumerate(columns) if at.size]
     # The last sampled token itself is predicted, and predicts nothing.
-    needed = [one.token_ids[: int(sampled_columns(one)[-1])] for _, one in numbered]
+    needed = [sequences[number].token_ids[: int(columns[number][-1])] for number in trained]
     for tree in plant(needed, max_tokens):
-        yield _collate(tree, [numbered[member] for member in tree.members])
+        members = [trained[member] for member in tree.members]
+        yield _collate(tree, [(number, sequences[number]) for number in members], [columns[n] for n in members])
 
 
-def _collate(tree: TokenTree, numbered: Sequence[tuple[int, TrainSequence]]) -> MicroBatch:
-    columns = [sampled_columns(sequence) for _, sequence in numbered]
+def _collate(tree: TokenTree, numbered: Sequence[tuple[int, TrainSequence]], columns: Sequence[Ints]) -> MicroBatch:
     before = [places[at - 1] for places, at in zip(tree.places, columns, strict=True)]
     targets = [np.asarray(sequence.token_ids)[at] for (_, sequence), at in zip(numbered, columns, strict=True)]
     return MicroBatch(

@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 from longshore.errors import ConfigError
 from longshore.learner import tree_attention
 from longshore.learner.batch import MicroBatch
+from longshore.learner.sending import sent
 from longshore.learner.token_head import token_logprobs
 from longshore.learner.token_tree import TokenTree, plant
 
 # On CUDA a pack is padded to a multiple of this share of the token budget, so that few shapes are compiled for.
-SIZES_OF_A_PACK = 4
+SIZES_OF_A_PACK = 8
 # What a model that can be packed may differ by from itself, unpacked, in log-probs.
 PROOF_TOLERANCE = 1e-3
 
@@ -82,6 +83,9 @@ class PolicyCompute:
         self.device = torch.device(device)
         self._model = policy if dtype == torch.float32 else self._copy(dtype)
         if compiled:
+            # Every size of a pack is compiled for, with gradients and without; beyond the limit nothing would be.
+            limits = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, 4 * SIZES_OF_A_PACK)
             for block in _blocks(self._model):
                 block.compile(dynamic=False)
 
@@ -97,6 +101,13 @@ class PolicyCompute:
         chosen = hidden.index_select(0, micro.places)
         weight = self._model.get_output_embeddings().weight
         return TokenScores(*token_logprobs(chosen, weight, micro.targets, micro.streams.temperature), chosen)
+
+    def padded(self, tree: TokenTree) -> int:
+        """Places that are computed for a tree."""
+        if self.device.type == "cpu":
+            return tree.size
+        step = max(1, self.pack_tokens // SIZES_OF_A_PACK // tree_attention.BLOCK) * tree_attention.BLOCK
+        return -(-tree.size // step) * step
 
     def refresh(self) -> None:
         """Before a train step: takes over the policy's weights, whoever has changed them."""
@@ -118,12 +129,11 @@ class PolicyCompute:
     def _pack(self, tree: TokenTree) -> _Pack:
         if self.device.type == "cpu":
             return _on_cpu(tree)
-        step = max(1, self.pack_tokens // SIZES_OF_A_PACK // tree_attention.BLOCK) * tree_attention.BLOCK
-        size = -(-tree.size // step) * step
-        row = torch.zeros((2, 1, size), dtype=torch.long)
-        row[0, 0, : tree.size] = torch.from_numpy(tree.token_ids)
-        row[1, 0, : tree.size] = torch.from_numpy(tree.positions)
-        input_ids, position_ids = row.to(self.device)
+        size = self.padded(tree)
+        rows = torch.zeros((2, 1, size), dtype=torch.long)
+        rows[0, 0, : tree.size] = torch.from_numpy(tree.token_ids)
+        rows[1, 0, : tree.size] = torch.from_numpy(tree.positions)
+        input_ids, position_ids = sent(rows, self.device)
         return _Pack(input_ids, position_ids, tree_attention.block_mask(tree, size, self.device))
 
 

@@ -57,7 +57,8 @@ def streams_of(numbered: Iterable[tuple[int, TrainSequence]]) -> TokenStreams:
         return torch.from_numpy(np.concatenate(parts)).to(dtype) if parts else torch.empty(0, dtype=dtype)
 
     def repeated(values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values)).long().repeat_interleave(torch.tensor([at.size for at in columns]).long())
+        counts = [at.size for at in columns]
+        return torch.from_numpy(np.repeat(np.array(list(values), dtype=np.int64), np.array(counts, dtype=np.int64)))
 
     sequences = [sequence for _, sequence in pairs]
     return TokenStreams(

@@ -6,6 +6,7 @@ asked for; where all of them fit in the bound they are kept instead.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,7 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
         logits = None
         for chunk in _chunks(targets.shape[0], rows):
             logits = _logits(hidden[chunk], weight)
-            made = _fused(hidden, statistics)(logits, targets[chunk], temperature[chunk])
+            made = _fused(statistics)(_any_length(logits), targets[chunk], temperature[chunk])
             logp[chunk], entropy[chunk], collision[chunk], log_sum[chunk] = made
         kept = logits if logits is not None and targets.shape[0] <= rows else None
         ctx.save_for_backward(hidden, weight, targets, temperature, log_sum, kept)
@@ -63,8 +64,8 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
         for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(targets.shape[0], ctx.rows):
             logits = _logits(hidden[chunk], weight) if kept is None else kept
-            for_logits = _fused(hidden, logits_gradient)(
-                logits, targets[chunk], temperature[chunk], log_sum[chunk], grad[chunk], weight.dtype
+            for_logits = _fused(logits_gradient)(
+                _any_length(logits), targets[chunk], temperature[chunk], log_sum[chunk], grad[chunk], weight.dtype
             )
             if for_hidden is not None:
                 torch.mm(for_logits, weight, out=for_hidden[chunk])
@@ -94,13 +95,15 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 def statistics(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[n] log-probs of the targets, entropies, sums of p^2, log-sum-exps of the [n, V] logits over the temperature."""
     cooled = logits / temperature[:, None]
-    log_sum = cooled.logsumexp(-1)
-    log_probs = cooled.sub_(log_sum[:, None])
-    picked = log_probs.gather(1, targets[:, None]).squeeze(1)
-    probs = log_probs.exp()
-    # The entropy first: its product is made in place of the log-probs.
-    entropy = -log_probs.mul_(probs).sum(-1)
-    return picked, entropy, probs.square_().sum(-1), log_sum
+    largest = cooled.amax(-1)
+    # Two passes over the logits: one for the largest, one for every sum.
+    below = cooled.sub_(largest[:, None])
+    picked = below.gather(1, targets[:, None]).squeeze(1)
+    shares = below.exp()
+    total, squares = shares.sum(-1), shares.square().sum(-1)
+    log_total = total.log()
+    entropy = log_total - below.mul_(shares).sum(-1) / total
+    return picked - log_total, entropy, squares / total.square(), largest + log_total
 
 
 def logits_gradient(
@@ -120,13 +123,23 @@ def logits_gradient(
     return made.scatter_add_(1, targets[:, None], share).to(dtype)
 
 
-_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-
-def _fused(like: Tensor, function: Callable[..., Any]) -> Callable[..., Any]:
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as one or two passes over the logits on CUDA, where memory is what they wait for."""
-    if not like.is_cuda:
-        return function
-    if function not in _compiled:
-        _compiled[function] = torch.compile(function, dynamic=True)
-    return _compiled[function]
+
+    def on_either(logits: Tensor, *others: Any) -> Any:
+        return _compiled(function)(logits, *others) if logits.is_cuda else function(logits, *others)
+
+    return on_either
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(function)
+    return compiled
+
+
+def _any_length(logits: Tensor) -> Tensor:
+    """Tells the compiler that the number of tokens changes from chunk to chunk, and the vocabulary does not."""
+    if logits.is_cuda:
+        torch._dynamo.maybe_mark_dynamic(logits, 0)
+    return logits

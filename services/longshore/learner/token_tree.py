@@ -68,7 +68,7 @@ class TokenTree:
         return ends
 
 
-def plant(sequences: Sequence[Sequence[int]], max_tokens: int) -> list[TokenTree]:
+def plant(sequences: Sequence[list[int]], max_tokens: int) -> list[TokenTree]:
     """Lays sequences out in trees of at most `max_tokens` places each; a longer sequence gets a tree of its own.
 
     What comes out is a function of the sequences alone. A common beginning stands in each tree that needs it.
@@ -80,7 +80,7 @@ def plant(sequences: Sequence[Sequence[int]], max_tokens: int) -> list[TokenTree
     if any(array.size == 0 for array in arrays):
         raise ValueError("a sequence without tokens cannot be laid out")
     # Neighbours in the order of their token ids are those with the longest common beginnings.
-    order = sorted(range(len(arrays)), key=lambda index: list(sequences[index]))
+    order = sorted(range(len(arrays)), key=lambda index: sequences[index])
     ordered = [arrays[index] for index in order]
     alike = [0, *(_common(one, other) for one, other in itertools.pairwise(ordered))]
     trees, tree = [], _Growing()

@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from longshore.errors import ConfigError
+from longshore.learner.sending import sent
 from longshore.learner.token_tree import Node, TokenTree
 
 NAME = "longshore-tree"
@@ -95,7 +96,7 @@ def block_mask(tree: TokenTree, size: int, device: torch.device) -> BlockMask:
     below = column < row
     whole = below & (blocks.amin(1)[None] >= (row + 1) * BLOCK)
     part = (below & (blocks.amax(1)[None] > row * BLOCK) & ~whole) | (column == row)
-    subtree_end = ends.to(device=device, dtype=torch.int32)
+    subtree_end = sent(ends.to(torch.int32), device)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < subtree_end[key])
@@ -117,7 +118,7 @@ def _as_lists(chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """[1, 1, R] how many blocks of each row are chosen, and [1, 1, R, C] which: those first."""
     number = chosen.sum(1, dtype=torch.int32)
     index = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
-    return number[None, None].to(device), index[None, None].contiguous().to(device)
+    return sent(number[None, None], device), sent(index[None, None].contiguous(), device)
 
 
 def attend(
@@ -146,9 +147,12 @@ def attend(
         return out, None
     _refuse_unknown(dropout, kwargs)
     if isinstance(tree, BlockMask):
-        grouped = query.shape[1] != key.shape[1]
+        # A head of its own for each query head: the backward kernel works through the heads of a group one after
+        # another, and with few key heads most of the chip would wait for it.
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-        out = flex(query, key, value, block_mask=tree, scale=scaling, enable_gqa=grouped)
+        out = flex(query, key, value, block_mask=tree, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
     if kwargs.get("sliding_window") is not None:
         # No matter as long as no sequence outgrows it, which is for whoever makes packs to see to.
