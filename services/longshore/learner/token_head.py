@@ -48,7 +48,7 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
         logits = None
         for chunk in _chunks(targets.shape[0], rows):
             logits = _logits(hidden[chunk], weight)
-            made = _fused(statistics)(_any_length(logits), targets[chunk], temperature[chunk])
+            made = _fused(statistics)(logits, targets[chunk], temperature[chunk])
             logp[chunk], entropy[chunk], collision[chunk], log_sum[chunk] = made
         kept = logits if logits is not None and targets.shape[0] <= rows else None
         ctx.save_for_backward(hidden, weight, targets, temperature, log_sum, kept)
@@ -65,7 +65,7 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
         for chunk in _chunks(targets.shape[0], ctx.rows):
             logits = _logits(hidden[chunk], weight) if kept is None else kept
             for_logits = _fused(logits_gradient)(
-                _any_length(logits), targets[chunk], temperature[chunk], log_sum[chunk], grad[chunk], weight.dtype
+                logits, targets[chunk], temperature[chunk], log_sum[chunk], grad[chunk], weight.dtype
             )
             if for_hidden is not None:
                 torch.mm(for_logits, weight, out=for_hidden[chunk])
@@ -124,7 +124,10 @@ def logits_gradient(
 
 
 def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as one or two passes over the logits on CUDA, where memory is what they wait for."""
+    """The function as one or two passes over the logits on CUDA, where memory is what they wait for.
+
+    It is compiled once for any number of tokens: after two of them the compiler takes that for what changes.
+    """
 
     def on_either(logits: Tensor, *others: Any) -> Any:
         return _compiled(function)(logits, *others) if logits.is_cuda else function(logits, *others)
@@ -136,10 +139,3 @@ def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     compiled: Callable[..., Any] = torch.compile(function)
     return compiled
-
-
-def _any_length(logits: Tensor) -> Tensor:
-    """Tells the compiler that the number of tokens changes from chunk to chunk, and the vocabulary does not."""
-    if logits.is_cuda:
-        torch._dynamo.maybe_mark_dynamic(logits, 0)
-    return logits
