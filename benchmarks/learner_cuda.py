@@ -180,9 +180,9 @@ def _check_trainer(report: Report, device: str) -> None:
     from longshore.config import TrainSpec
     from longshore.learner.trainer import Trainer
 
-    made = []
+    made: list[tuple[dict[str, float], list[Tensor]]] = []
     for where in ("cpu", device):
-        document = {
+        document: dict[str, object] = {
             "steps": 10,
             "learning_rate": 1e-3,
             "objective": {"name": "dapo"},
