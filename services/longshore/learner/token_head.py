@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Bytes of float32 logits at a time: near a CPU's cache; on a GPU enough rows for a matrix product at full speed.
 CPU_LOGITS_BYTES = 64 * 2**20
-CUDA_LOGITS_BYTES = 2 * 2**30
+CUDA_LOGITS_BYTES = 4 * 2**30
 
 
 def token_logprobs(
@@ -94,7 +94,7 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def statistics(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[n] log-probs of the targets, entropies, sums of p^2, log-sum-exps of the [n, V] logits over the temperature."""
-    cooled = logits / temperature[:, None]
+    cooled = logits * temperature.reciprocal()[:, None]
     largest = cooled.amax(-1)
     # Two passes over the logits: one for the largest, one for every sum.
     below = cooled.sub_(largest[:, None])
@@ -116,10 +116,10 @@ def logits_gradient(
     share = (grad / temperature)[:, None]
     if logits.is_cuda:
         # One pass when compiled; the difference is taken in float32, where a likely token's is not rounded away.
-        probability = (logits / temperature[:, None] - log_sum[:, None]).exp()
+        probability = (logits * temperature.reciprocal()[:, None] - log_sum[:, None]).exp()
         at_target = torch.arange(logits.shape[1], device=logits.device)[None] == targets[:, None]
         return ((at_target.float() - probability) * share).to(dtype)
-    made = (logits / temperature[:, None]).sub_(log_sum[:, None]).exp_().mul_(-share)
+    made = (logits * temperature.reciprocal()[:, None]).sub_(log_sum[:, None]).exp_().mul_(-share)
     return made.scatter_add_(1, targets[:, None], share).to(dtype)
 
 

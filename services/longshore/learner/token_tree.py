@@ -71,7 +71,8 @@ class TokenTree:
 def plant(sequences: Sequence[list[int]], max_tokens: int) -> list[TokenTree]:
     """Lays sequences out in trees of at most `max_tokens` places each; a longer sequence gets a tree of its own.
 
-    What comes out is a function of the sequences alone. A common beginning stands in each tree that needs it.
+    What comes out is a function of the sequences alone. A common beginning stands in each tree that needs it. Where a
+    sequence does not fit any more, those after it that begin like it are tried for what room is left.
 
     Raises:
         ValueError: a sequence is empty.
@@ -83,13 +84,29 @@ def plant(sequences: Sequence[list[int]], max_tokens: int) -> list[TokenTree]:
     order = sorted(range(len(arrays)), key=lambda index: sequences[index])
     ordered = [arrays[index] for index in order]
     alike = [0, *(_common(one, other) for one, other in itertools.pairwise(ordered))]
-    trees, tree = [], _Growing()
-    for index, array, shared in zip(order, ordered, alike, strict=False):
-        if tree.size and tree.size + array.size - tree.shares(shared) > max_tokens:
-            trees.append(tree.done())
-            tree = _Growing()
-        tree.add(index, array, tree.shares(shared))
-    return [*trees, tree.done()] if tree.size else trees
+    trees: list[TokenTree] = []
+    waiting: Sequence[int] = range(len(ordered))
+    while waiting:
+        tree, last, seen = _Growing(), waiting[0], 0
+        left: list[int] = []
+        # How many tokens the next sequence begins with like the newest one of the tree.
+        common = 0
+        for place in waiting:
+            common = min([common, *alike[last + 1 : place + 1]]) if tree.size else 0
+            shared = tree.shares(common)
+            if left and shared == 0:
+                # What did not fit has company that begins like it; nothing further is looked at.
+                break
+            seen += 1
+            if tree.size and tree.size + ordered[place].size - shared > max_tokens:
+                left.append(place)
+            else:
+                tree.add(order[place], ordered[place], shared)
+                common = ordered[place].size
+            last = place
+        trees.append(tree.done())
+        waiting = [*left, *waiting[seen:]]
+    return trees
 
 
 def _common(one: Ints, other: Ints) -> int:

@@ -73,6 +73,15 @@ def test_a_group_too_large_for_a_pack_is_cut_and_its_prompt_repeated():
     assert_sound(sequences, trees, 100)
 
 
+def test_what_room_is_left_goes_to_those_that_begin_alike():
+    prompt = list(range(40))
+    # In the order of their tokens: 30, 60 and 20 tokens behind the prompt, then a stranger.
+    sequences = [[*prompt, *[100] * 30], [*prompt, *[101] * 60], [*prompt, *[102] * 20], [200] * 5]
+    trees = plant(sequences, 100)
+    assert [(tree.members, tree.size) for tree in trees] == [((0, 2), 90), ((1,), 100), ((3,), 5)]
+    assert_sound(sequences, trees, 100)
+
+
 def test_a_sequence_longer_than_the_budget_goes_alone():
     sequences = [[1] * 50, [2] * 5, [3] * 5]
     trees = plant(sequences, 10)
