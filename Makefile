@@ -40,8 +40,13 @@ SEED ?= 0
 test-chaos: $(VENV)/.dev ## kill, stop, cut off and fill up everything at random, then prove that nothing was lost
 	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(KILLS) --seed $(SEED) $(CHAOS)
 
-BENCHMARKS := queue egress stragglers recovery poison weight_sync
-bench: $(VENV)/.models ## every benchmark, half an hour in all, one after another; QUICK=--quick for five minutes
+# What benchmarks compare with, and nothing else needs.
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
+	@touch $@
+
+BENCHMARKS := queue egress stragglers recovery poison weight_sync learner
+bench: $(VENV)/.models $(VENV)/.bench ## every benchmark, half an hour in all, one after another; QUICK=--quick for five minutes
 	@mkdir -p build/bench
 	@failed=; for name in $(BENCHMARKS); do \
 	    $(BIN)/python benchmarks/$$name.py $(QUICK) --json build/bench/$$name.json || failed="$$failed $$name"; \
