@@ -56,7 +56,13 @@ class Side:
     def _told(self) -> tuple[float, int]:
         if not self._pipe.poll(DEADLINE_S):
             raise TimeoutError(f"a side said nothing for {DEADLINE_S:.0f} s")
-        told: tuple[float, int] = self._pipe.recv()
+        try:
+            told: tuple[float, int] = self._pipe.recv()
+        except EOFError:
+            self._process.join(30)
+            raise RuntimeError(
+                f"a side ended by itself: exit code {self._process.exitcode} (-9: out of memory)"
+            ) from None
         return told
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
