@@ -80,7 +80,7 @@ def test_tensors_of_all_small_shapes(dtype, shape, kernel):
     assert bytes(planes.decode(planes.encode([new]), [tensor_info(new)])[0].data) == new.data
 
 
-@pytest.mark.parametrize("piece", [64, 1000])
+@pytest.mark.parametrize("piece", [64, 1024])
 def test_tensors_cross_the_borders_of_pieces_and_sections(piece, kernel, monkeypatch):
     monkeypatch.setattr(plan, "PIECE", piece)
     monkeypatch.setattr(plan, "SECTION", 2500)

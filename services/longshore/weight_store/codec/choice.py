@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from longshore.weight_store.codec import blocks
-from longshore.weight_store.codec.kernel import FORMATS, Bytes, Changes, Format, Kernel, Scan, Words, words
-from longshore.weight_store.codec.plan import Cut, Flags, cut, rows_of
+from longshore.weight_store.codec.kernel import FORMATS, Bytes, Format, Kernel, Scan, Words, words
+from longshore.weight_store.codec.plan import Cut, cut, rows_of
 from longshore.weight_store.payload import Tensor
 
 SAME, SPARSE, SPARSE_ROWS, BLOCKS = 0, 1, 2, 3
 
-# Where more elements changed than that, a sample tells which of both is smaller.
-_SURELY_SPARSE = 0.2
+# Where more than one element in so many changed, a sample tells which of both is smaller.
+_SURELY_SPARSE = 5
 _SAMPLE_RUNS, _SAMPLE_RUN = 32, 512
 # Coding change by change takes some ten times as long as blocks where most elements changed: it must save that share.
 _WORTH_IT = 0.75
@@ -30,36 +30,38 @@ class Choice:
 
 
 def choose(kernel: Kernel, index: int, tensor: Tensor, old: Bytes, new: Bytes) -> Choice:
-    """For the tensor with that number in the layout; it is scanned while the processor's cache still holds it."""
+    """For the tensor with that number in the layout."""
     form = FORMATS[tensor.dtype]
-    changes = kernel.compare(form, old, new)
-    if not changes.total:
-        return Choice(SAME)
-    if kernel.patience is not None and changes.total > kernel.patience:
-        return Choice(BLOCKS)
     rows, width = rows_of(tensor.shape)
     elements = rows * width
-    if changes.total > _SURELY_SPARSE * elements:
+    room = elements // _SURELY_SPARSE + 1
+    whole = kernel.scan(form, old, new, width, room if kernel.patience is None else min(room, kernel.patience))
+    if whole is None:
+        if kernel.patience is not None and kernel.patience < room:
+            return Choice(BLOCKS)
         before, after = _sample(form, old), _sample(form, new)
         if _sparse_bits(form, before, after) > _WORTH_IT * 8 * _block_bytes(form, before, after):
             return Choice(BLOCKS)
-    alive = _rows_that_changed(changes, rows, width)
-    own = cut(index, elements, alive)
-    return Choice(SPARSE if alive is None else SPARSE_ROWS, own, kernel.scan(form, own, changes, old))
+        whole = kernel.scan(form, old, new, width, elements)
+        assert whole is not None
+    changes = len(whole.scan.events)
+    if not changes:
+        return Choice(SAME)
+    if width % 8 or not _rows_pay(rows, whole.rows, changes):
+        return Choice(SPARSE, cut(index, elements, None), whole.scan)
+    alive = whole.changed.view(np.uint8)[: elements // 8].reshape(rows, width // 8).any(axis=1)
+    own = cut(index, elements, np.asarray(alive, np.bool_))
+    return Choice(SPARSE_ROWS, own, kernel.scan_rows(form, own, whole.changed, old, new, changes))
 
 
-def _rows_that_changed(changes: Changes, rows: int, width: int) -> Flags | None:
-    """None unless leaving out the others saves more than saying which they are."""
-    if rows == 1 or width % 8:
-        return None
-    alive = changes.bits.view(np.uint8)[: rows * width // 8].reshape(rows, width // 8).any(axis=1)
-    share = np.count_nonzero(alive) / rows
-    if share == 1:
-        return None
+def _rows_pay(rows: int, alive: int, changes: int) -> bool:
+    """Whether leaving out rows in which nothing changed saves more than saying which they are."""
+    if rows == alive:
+        return False
+    share = alive / rows
     entropy = -(share * math.log2(share) + (1 - share) * math.log2(1 - share))
     # In bits, and more than the fields' overhead.
-    saved = changes.total * -math.log2(share) - rows * entropy - 256
-    return np.asarray(alive, np.bool_) if saved > 0 else None
+    return changes * -math.log2(share) > rows * entropy + 256
 
 
 def _sample(form: Format, data: Bytes) -> Words:

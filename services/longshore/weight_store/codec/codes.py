@@ -3,12 +3,13 @@
 A context is (class of the piece, exponent of the old value). The receiver knows both. Within a context changes come at
 random, nearly; so the gap between two, counted in elements of the context, is geometric:
 
-- up to a change in four: Golomb's code (S. W. Golomb, "Run-length encodings", 1966), its divisor in quarter octaves;
+- up to DENSE changes an element: Golomb's code (S. W. Golomb, "Run-length encodings", 1966), its divisor in quarter
+  octaves;
 - denser: a bit an element, by an adaptive binary range coder.
 
 A step is the change of a value's bits as an integer, in sign-magnitude order. Where all of a context's steps are one up
-or one down, it is one bit. Else the range coder's bins say whether the sign flipped, up or down, and how far in
-Elias' gamma code; its bins are shared by contexts with like means.
+or one down, it is one bit. Else the range coder's bins say whether it is such a step, and if not whether the sign
+flipped, up or down, and how far in Elias' gamma code; its bins are shared by contexts with like means.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from longshore.weight_store.codec.plan import Ints
 
 EXPONENTS = 256
 MAX_CLASSES = 16
+DENSE = 0.6
 # Gap codes from here on are the range coder's.
 ADAPTIVE = 128
 # The last one of Golomb's: a gap always fits into what a reader has at hand.
@@ -32,7 +34,7 @@ UNIT = 0
 UNCHANGED = 255
 
 Codes = npt.NDArray[np.uint8]
-Counts = npt.NDArray[np.int64]
+Counts = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
 
@@ -78,14 +80,14 @@ def fit(elements: Counts, changed: Counts, excess: Counts) -> Model:
             best, least = labels, cost
     classes = np.full(len(total), UNCHANGED, np.uint8)
     classes[moved] = best
-    sums = [_sums(table[moved].astype(np.int64), best) for table in (elements, changed, excess)]
+    sums = [_sums(table[moved], best).astype(np.int64) for table in (elements, changed, excess)]
     return Model(classes, _gap_codes(sums[0], sums[1]), _step_codes(sums[1], sums[2]), sums[1].astype(np.uint32))
 
 
-def _sums(table: npt.NDArray[Any], labels: Ints) -> npt.NDArray[Any]:
-    """[classes, EXPONENTS]"""
-    sums = np.zeros((int(labels.max()) + 1, table.shape[1]), table.dtype)
-    np.add.at(sums, labels, table)
+def _sums(table: npt.NDArray[Any], labels: Ints) -> Floats:
+    """[classes, EXPONENTS]; whole numbers stay exact, being below 2**53."""
+    own = labels == np.arange(int(labels.max()) + 1)[:, None]
+    sums: Floats = own.astype(np.float64) @ table.astype(np.float64)
     return sums
 
 
@@ -112,7 +114,7 @@ def _gap_codes(elements: Counts, changed: Counts) -> Codes:
     divisor = np.maximum(1.0, -1 / np.log2(1 - rate))
     steps = _DIVISORS.searchsorted(divisor)
     golomb = 1 + np.minimum(steps, MAX_GOLOMB - 1)
-    codes = np.where(4 * changed > elements, ADAPTIVE + np.minimum(rate * 64, 63).astype(np.int64), golomb)
+    codes = np.where(rate > DENSE, ADAPTIVE + np.minimum(rate * 64, 63).astype(np.int64), golomb)
     return np.where(changed > 0, codes, UNUSED).astype(np.uint8)
 
 

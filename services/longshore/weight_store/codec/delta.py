@@ -174,18 +174,16 @@ def _read_cut(fields: frame.Fields, index: int, info: TensorInfo, mode: int) -> 
 
 def _fill_section(kernel: Kernel, coded: _Coded, targets: Mapping[int, _Target], checked: Collection[int]) -> None:
     """Each tensor of those `checked` is verified once it is full, while the processor's cache still holds it."""
-    decoder = kernel.decoder(coded.form, coded.model, sparse.elements(coded.section), coded.streams)
+    old, new = ({index: getattr(own, name) for index, own in targets.items()} for name in ("old", "new"))
+    decoder = kernel.decoder(coded.form, coded.section, coded.model, coded.streams, old, new)
     if decoder is None:
         names = " to ".join(targets[part.cut.tensor].info.name for part in (coded.section[0], coded.section[-1]))
         raise IntegrityError(f"tensors {names}: the payload's streams are damaged")
-    first = 0
-    for part in coded.section:
+    for number, part in enumerate(coded.section):
         target = targets[part.cut.tensor]
         if part.cut.rows is not None and part.pieces.start == 0:
             target.new[:] = target.old
-        end = first + part.pieces.stop - part.pieces.start
-        decoder.fill(coded.form, part, coded.model.classes[first:end], target.old, target.new)
-        first = end
+        decoder.fill(number)
         if part.cut.tensor in checked:
             frame.verify_bytes(target.new.data, target.info)
 

@@ -7,31 +7,26 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "scan.h"
 #include "streams.h"
 #include "tiles.h"
 
 /* A run of elements of one piece. */
 typedef struct {
     const uint8_t *a;
-    uint8_t *b; /* fill: the tensor to fill */
+    uint8_t *b; /* the tensor to compare, or to fill */
     int64_t n;
-    const uint64_t *changed; /* scan: a bit an element of the tensor */
-    int64_t first;           /* scan: of the tensor's elements */
-    int32_t piece;           /* scan: the piece's row of the tables */
-    int32_t class;           /* fill: the piece's; negative where nothing changed */
+    int64_t first; /* scan: the first element's number in the tensor */
+    int32_t piece; /* scan: its row of the tables */
+    int32_t class; /* fill: the piece's; negative where nothing changed */
 } segment;
 
-typedef struct {
-    uint32_t gap;      /* elements of the exponent before this one, since its last change or the piece's start */
-    int32_t step;      /* |new| - |old|, as integers */
-    uint32_t exponent; /* of the old value; FLIP is set where the sign changed */
-} event;
+#ifndef LONGSHORE_SOURCE
+#define LONGSHORE_SOURCE 0
+#endif
 
-/* Of one piece, by exponent. */
-typedef struct {
-    uint64_t changed[EXPONENTS], excess[EXPONENTS];
-    uint32_t elements[EXPONENTS], tail[EXPONENTS]; /* all, and those after the last change */
-} table;
+/* Of which source this was built: arguments may differ. */
+uint32_t ls_source(void) { return LONGSHORE_SOURCE; }
 
 /* Which library runs here: 2 with AVX-512, 1 with AVX2, else 0. */
 int ls_level(void) {
@@ -46,122 +41,74 @@ int ls_level(void) {
 #endif
 }
 
-/* ---- compare ---- */
+/* ---- scan ---- */
 
-/* Sets a bit for every element that differs, lists those of `b`, and counts them by the exponent in `a`. Returns how
-   many there are. */
-INLINE int64_t compare(const uint8_t *a, const uint8_t *b, int64_t n, format f, uint64_t *changed, uint8_t *values,
-                       uint64_t *counts) {
-    const uint8_t *start = values;
-    for (int64_t i = 0; i < n; i += BLOCK) {
-        uint64_t bits = 0;
-        if (n - i >= BLOCK) {
-            bits = differ(a + i * f.width, b + i * f.width, f.width);
-        } else {
-            for (int64_t k = i; k < n; k++)
-                bits |= (uint64_t)(element(a + k * f.width, f.width) != element(b + k * f.width, f.width)) << (k - i);
-        }
-        changed[i / BLOCK] = bits;
-        for (; bits; bits &= bits - 1, values += f.width) {
-            int64_t k = (i + __builtin_ctzll(bits)) * f.width;
-            counts[element(a + k, f.width) >> f.shift & f.mask]++;
-            memcpy(values, b + k, (size_t)f.width);
-        }
-    }
-    return (values - start) / f.width;
+static void end_piece(table *t) {
+    for (int i = 0; i < EXPONENTS; i++) t->tail[i] = t->elements[i] - t->tail[i];
 }
 
-int64_t ls_compare(const uint8_t *a, const uint8_t *b, int64_t n, int shift, uint32_t mask, int width,
-                   uint64_t *changed, uint8_t *values, uint64_t *counts) {
-    if (width == 4) return compare(a, b, n, (format){4, shift, mask}, changed, values, counts);
-    return compare(a, b, n, (format){2, shift, mask}, changed, values, counts);
-}
-
-/* ---- scan: what changed, where, by how much ---- */
-
-typedef struct {
-    uint8_t common[EXPONENTS]; /* exponents that are counted in every tile */
-    int commons;
-    tiers tiers;
-    event *events;
-    const uint8_t *values;
-    uint16_t before[EXPONENTS][BLOCKS]; /* of the tile, by row */
-    uint16_t row[EXPONENTS];            /* 1 + row of an exponent; 0: it has none in this tile */
-} scanner;
-
-/* `seen`: elements of the exponent before this one in the piece. */
-INLINE void record(event *to, table *t, uint32_t seen, uint32_t old, uint32_t new, uint32_t exponent, uint32_t top) {
-    uint32_t flip = ((old ^ new) & top) != 0;
-    int32_t step = (int32_t)(new & (top - 1)) - (int32_t)(old & (top - 1));
-    *to = (event){seen - t->tail[exponent], step, exponent | (flip ? FLIP : 0)};
-    t->changed[exponent]++;
-    t->excess[exponent] += (uint64_t)(step < 0 ? -(int64_t)step : step) + 2 * flip - 1;
-    /* Until the piece ends: those before the next one. */
-    t->tail[exponent] = seen + 1;
-}
-
-/* `at`: the first element's number in the tensor. */
-INLINE void scan_tile(scanner *s, table *t, const uint8_t *a, int64_t n, const uint64_t *changed, int64_t at,
-                      format f) {
-    tile own;
-    uint32_t counts[EXPONENTS];
-    load_tile(&own, a, n, f);
-    memset(s->row, 0, sizeof(s->row));
-    int rows = 0;
-    for (; rows < s->commons; rows++) {
-        counts[rows] = count_tile(&own, s->common[rows], s->before[rows]);
-        s->row[s->common[rows]] = (uint16_t)(rows + 1);
-    }
-    for (int j = 0; j < own.blocks; j++, at += BLOCK) {
-        uint64_t bits = changed[at / 64] >> (at % 64);
-        if (at % 64) bits |= changed[at / 64 + 1] << (64 - at % 64);
-        for (bits &= valid(&own, j); bits; bits &= bits - 1) {
-            int k = __builtin_ctzll(bits);
-            uint32_t old = element(a + (j * BLOCK + k) * f.width, f.width), new = element(s->values, f.width);
-            uint32_t e = old >> f.shift & f.mask;
-            s->values += f.width;
-            if (__builtin_expect(!s->row[e], 0)) {
-                count_tile(&own, e, s->before[rows]);
-                s->row[e] = (uint16_t)++rows;
+INLINE int64_t scan(const uint8_t *a, const uint8_t *b, int64_t n, int64_t piece, uint64_t *changed, table *tables,
+                    event *events, int64_t room, int64_t row, int64_t *rows, format f) {
+    scanner s = scanner_of(a, n, events, f);
+    int64_t left = room, row_end = 0;
+    for (int64_t first = 0; first < n; first += piece, tables++) {
+        int64_t end = n - first < piece ? n : first + piece;
+        for (int64_t i = first; i < end; i += BLOCKS * BLOCK) {
+            int64_t size = end - i < BLOCKS * BLOCK ? end - i : BLOCKS * BLOCK;
+            left -= compare(a + i * f.width, b + i * f.width, size, changed + i / BLOCK, f.width);
+            if (left < 0) return -1;
+            for (int64_t j = 0; j * BLOCK < size; j++) {
+                for (uint64_t bits = changed[i / BLOCK + j]; bits; bits &= bits - 1) {
+                    int64_t k = i + j * BLOCK + __builtin_ctzll(bits);
+                    if (k >= row_end) ++*rows, row_end = k - k % row + row;
+                }
             }
-            uint32_t seen = t->elements[e] + s->before[s->row[e] - 1][j] +
-                            (uint32_t)__builtin_popcountll(equal(own.block[j], e) & first_bits(k));
-            record(s->events++, t, seen, old, new, e, 1u << (8 * f.width - 1));
+            tile own;
+            load_tile(&own, a + i * f.width, size, f);
+            scan_tile(&s, tables, &own, a + i * f.width, b + i * f.width, changed + i / BLOCK, f);
         }
-    }
-    for (int k = 0; k < s->commons; k++) t->elements[s->common[k]] += counts[k];
-    for (int j = 0; j < own.blocks; j++) {
-        uint64_t rare = ~within(own.block[j], s->tiers.low, s->tiers.high) & valid(&own, j);
-        if (s->tiers.zeros) rare &= ~equal(own.block[j], 0);
-        for (; rare; rare &= rare - 1)
-            t->elements[element(a + (j * BLOCK + __builtin_ctzll(rare)) * f.width, f.width) >> f.shift & f.mask]++;
-    }
-}
-
-INLINE int64_t scan(const segment *segments, int64_t count, const uint8_t *values, table *tables, event *events,
-                    format f) {
-    if (!count) return 0;
-    scanner s = {.tiers = tiers_of(segments->a, segments->n, f), .events = events, .values = values};
-    for (uint32_t i = s.tiers.low; i <= s.tiers.high; i++) s.common[s.commons++] = (uint8_t)i;
-    if (s.tiers.zeros) s.common[s.commons++] = 0;
-    for (const segment *g = segments; g != segments + count; g++) {
-        table *t = tables + g->piece;
-        for (int64_t i = 0; i < g->n; i += BLOCKS * BLOCK) {
-            int64_t n = g->n - i < BLOCKS * BLOCK ? g->n - i : BLOCKS * BLOCK;
-            scan_tile(&s, t, g->a + i * f.width, n, g->changed, g->first + i, f);
-        }
-        if (g + 1 != segments + count && g[1].piece == g->piece) continue;
-        for (int i = 0; i < EXPONENTS; i++) t->tail[i] = t->elements[i] - t->tail[i];
+        end_piece(tables);
     }
     return s.events - events;
 }
 
-/* Segments of one tensor, in the order of their pieces. `values` are those that changed, new; room for an event each is
-   at `events`. Returns how many there were. */
-int64_t ls_scan(const segment *segments, int64_t count, const uint8_t *values, table *tables, event *events, int shift,
-                uint32_t mask, int width) {
-    if (width == 4) return scan(segments, count, values, tables, events, (format){4, shift, mask});
-    return scan(segments, count, values, tables, events, (format){2, shift, mask});
+/* A whole tensor of n elements, by pieces of so many, which are whole blocks. Returns how many elements changed, -1
+   when there are more than `room`. Those are bits in `changed`; so many rows, of `row` elements each, have any. */
+int64_t ls_scan(const uint8_t *a, const uint8_t *b, int64_t n, int64_t piece, uint64_t *changed, table *tables,
+                event *events, int64_t room, int64_t row, int64_t *rows, int shift, uint32_t mask, int width) {
+    if (width == 4) return scan(a, b, n, piece, changed, tables, events, room, row, rows, (format){4, shift, mask});
+    return scan(a, b, n, piece, changed, tables, events, room, row, rows, (format){2, shift, mask});
+}
+
+INLINE void scan_segments(const segment *segments, int64_t count, const uint64_t *changed, table *tables,
+                          event *events, format f) {
+    if (!count) return;
+    scanner s = scanner_of(segments->a, segments->n, events, f);
+    for (const segment *g = segments; g != segments + count; g++) {
+        for (int64_t i = 0; i < g->n; i += BLOCKS * BLOCK) {
+            int64_t n = g->n - i < BLOCKS * BLOCK ? g->n - i : BLOCKS * BLOCK;
+            uint64_t bits[BLOCKS];
+            tile own;
+            load_tile(&own, g->a + i * f.width, n, f);
+            for (int j = 0; j < own.blocks; j++) {
+                int64_t at = g->first + i + j * BLOCK;
+                bits[j] = changed[at / 64] >> (at % 64);
+                if (at % 64) bits[j] |= changed[at / 64 + 1] << (64 - at % 64);
+                bits[j] &= valid(&own, j);
+            }
+            scan_tile(&s, tables + g->piece, &own, g->a + i * f.width, g->b + i * f.width, bits, f);
+        }
+        if (g + 1 == segments + count || g[1].piece != g->piece) end_piece(tables + g->piece);
+    }
+}
+
+/* Segments of one tensor, in the order of their pieces; what changed in it is in `changed`, and a word more. */
+void ls_scan_segments(const segment *segments, int64_t count, const uint64_t *changed, table *tables, event *events,
+                      int shift, uint32_t mask, int width) {
+    if (width == 4)
+        scan_segments(segments, count, changed, tables, events, (format){4, shift, mask});
+    else
+        scan_segments(segments, count, changed, tables, events, (format){2, shift, mask});
 }
 
 /* ---- emit: a section's streams ---- */
@@ -328,25 +275,28 @@ INLINE void apply(const change *own, const uint8_t *a, uint8_t *b, int64_t i, in
     memcpy(b + i * width, &new, (size_t)width);
 }
 
-/* n: from 1 to BLOCKS * BLOCK elements; `b` holds what `a` does. */
-INLINE void fill_tile(contexts *c, const course *way, const uint8_t *a, uint8_t *b, int64_t n, format f) {
+/* size: from 1 to BLOCKS * BLOCK elements; `b` holds what `a` does. */
+INLINE void fill_tile(contexts *c, const course *way, const uint8_t *a, uint8_t *b, int64_t size, format f) {
     tile own;
     uint16_t before[BLOCKS];
-    load_tile(&own, a, n, f);
+    load_tile(&own, a, size, f);
     for (int slot = 0; slot < way->commons; slot++) {
         uint32_t exponent = way->common[slot];
-        int64_t count = count_tile(&own, exponent, before), until = c->until[exponent];
+        int64_t n = count(&own, exponent), until = c->until[exponent];
+        if (until >= n) {
+            c->until[exponent] = until - n;
+            continue;
+        }
+        count_before(&own, exponent, before);
         const change *next = c->next[exponent];
-        while (until < count) {
-            /* The last block that has not more elements before it. */
-            int j = 0;
-            for (int half = BLOCKS / 2; half; half /= 2) j += before[j + half] <= until ? half : 0;
+        while (until < n) {
+            int j = block_of(before, until);
             apply(next, a, b, j * BLOCK + place(equal(own.block[j], exponent), (uint32_t)(until - before[j])), f.width);
             next++;
             until += 1 + (int64_t)next->gap;
         }
         c->next[exponent] = next;
-        c->until[exponent] = until - count;
+        c->until[exponent] = until - n;
     }
     if (way->high < way->low) return;
     for (int j = 0; j < own.blocks; j++) {

@@ -5,20 +5,21 @@ Both kernels give the same bytes. What the streams mean is told in codes.py and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from longshore.weight_store.codec.codes import EXPONENTS, Codes, Model
-from longshore.weight_store.codec.plan import Cut, Part
+from longshore.weight_store.codec.codes import EXPONENTS, Model
+from longshore.weight_store.codec.plan import Cut, Section
 
 Bytes = npt.NDArray[np.uint8]
 # Elements as unsigned numbers of 16 or 32 bits.
 Words = npt.NDArray[Any]
 Rows = npt.NDArray[np.void]
+Bits = npt.NDArray[np.uint64]
 
 
 def words(width: int, data: Bytes) -> Words:
@@ -49,19 +50,6 @@ FORMATS = {"bfloat16": Format(2, 7, 0xFF), "float16": Format(2, 10, 0x1F), "floa
 
 
 @dataclass(frozen=True)
-class Changes:
-    """Where two tensors differ."""
-
-    # A bit an element, the lowest first, and a word of zeros at the end.
-    bits: npt.NDArray[np.uint64]
-    # The new values there, in order.
-    values: Bytes
-    # [EXPONENTS]: how many changed, by the old value's exponent.
-    counts: npt.NDArray[np.int64]
-    total: int
-
-
-@dataclass(frozen=True)
 class Scan:
     """What changed in some pieces."""
 
@@ -71,11 +59,22 @@ class Scan:
     tables: Rows
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What changed in a tensor."""
+
+    scan: Scan
+    # A bit an element, the lowest first, and a word of zeros at the end.
+    changed: Bits
+    # How many have changes.
+    rows: int
+
+
 class Decoder(Protocol):
     """One section's changes."""
 
-    def fill(self, form: Format, part: Part, classes: Codes, old: Bytes, new: Bytes) -> None:
-        """Fills the section's next part of a tensor. `classes`: of the part's pieces."""
+    def fill(self, number: int) -> None:
+        """Fills the section's part of that number in its tensor; from the first part to the last."""
 
 
 class Kernel(Protocol):
@@ -84,14 +83,22 @@ class Kernel(Protocol):
     # Changes of a tensor beyond which coding each would take this kernel too long; None: there is no such number.
     patience: int | None
 
-    def compare(self, form: Format, old: Bytes, new: Bytes) -> Changes:
-        """Both hold as many elements."""
+    def scan(self, form: Format, old: Bytes, new: Bytes, row: int, room: int) -> Whole | None:
+        """A tensor's changes, by pieces of plan.PIECE; its rows have `row` elements. None: more than `room` changes."""
 
-    def scan(self, form: Format, cut: Cut, changes: Changes, old: Bytes) -> Scan:
-        """A tensor's changes."""
+    def scan_rows(self, form: Format, cut: Cut, changed: Bits, old: Bytes, new: Bytes, count: int) -> Scan:
+        """The `count` changes of a tensor of which some rows are left out."""
 
     def emit(self, scans: Sequence[Scan], model: Model, room: int) -> list[bytes] | None:
         """A section's two streams, of its pieces' scans; None when one would be longer than `room`."""
 
-    def decoder(self, form: Format, model: Model, elements: int, streams: Sequence[memoryview]) -> Decoder | None:
-        """Of a section of so many elements; None when the stream of bits is not as long as what was read."""
+    def decoder(
+        self,
+        form: Format,
+        section: Section,
+        model: Model,
+        streams: Sequence[memoryview],
+        old: Mapping[int, Bytes],
+        new: Mapping[int, Bytes],
+    ) -> Decoder | None:
+        """From a section's `old` tensors to `new` ones; None when the streams are not as long as what was read."""

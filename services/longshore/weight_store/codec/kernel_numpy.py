@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from longshore.weight_store.codec.codes import EXPONENTS, UNCHANGED, Codes, Model
-from longshore.weight_store.codec.kernel import EVENT, FLIP, TABLE, Bytes, Changes, Format, Rows, Scan, words
-from longshore.weight_store.codec.plan import Cut, Flags, Ints, Part
+from longshore.weight_store.codec.codes import EXPONENTS, UNCHANGED, Model
+from longshore.weight_store.codec.kernel import EVENT, FLIP, TABLE, Bits, Bytes, Format, Rows, Scan, Whole, words
+from longshore.weight_store.codec.plan import Cut, Flags, Ints, Section, cut, elements
 from longshore.weight_store.codec.streams import FLIPPED, StreamReader, StreamWriter
 
 
@@ -16,21 +16,20 @@ class NumpyKernel:
     def __init__(self, patience: int | None = None) -> None:
         self.patience = patience
 
-    def compare(self, form: Format, old: Bytes, new: Bytes) -> Changes:
-        before = words(form.width, old)
-        differs = before != words(form.width, new)
-        bits = np.zeros(-(-len(before) // 64) + 1, np.uint64)
+    def scan(self, form: Format, old: Bytes, new: Bytes, row: int, room: int) -> Whole | None:
+        differs = words(form.width, old) != words(form.width, new)
+        if np.count_nonzero(differs) > room:
+            return None
+        changed = np.zeros(-(-len(differs) // 64) + 1, np.uint64)
         packed = np.packbits(differs, bitorder="little")
-        bits.view(np.uint8)[: len(packed)] = packed
-        exponents = (before[differs] >> form.shift) & form.mask
-        values = words(form.width, new)[differs].view(np.uint8)
-        counts = np.bincount(exponents, minlength=EXPONENTS).astype(np.int64)
-        return Changes(bits, values, counts, len(exponents))
+        changed.view(np.uint8)[: len(packed)] = packed
+        rows = int(differs.reshape(-1, max(1, row)).any(axis=1).sum())
+        return Whole(self._scan(form, cut(0, len(differs), None), old, new), changed, rows)
 
-    def scan(self, form: Format, cut: Cut, changes: Changes, old: Bytes) -> Scan:
-        new = old.copy()
-        differs = np.unpackbits(changes.bits.view(np.uint8), count=len(old) // form.width, bitorder="little")
-        words(form.width, new)[differs.view(np.bool_)] = words(form.width, changes.values)
+    def scan_rows(self, form: Format, cut: Cut, changed: Bits, old: Bytes, new: Bytes, count: int) -> Scan:
+        return self._scan(form, cut, old, new)
+
+    def _scan(self, form: Format, cut: Cut, old: Bytes, new: Bytes) -> Scan:
         tables = np.zeros(len(cut.sizes), TABLE)
         events = [np.zeros(0, EVENT)]
         for piece, table in enumerate(tables):
@@ -45,8 +44,16 @@ class NumpyKernel:
         # The C kernel also needs room for the range coder's first byte, which is not sent.
         return streams if len(streams[0]) <= room and len(streams[1]) < room else None
 
-    def decoder(self, form: Format, model: Model, elements: int, streams: Sequence[memoryview]) -> NumpyDecoder | None:
-        reader = StreamReader(bytes(streams[0]), bytes(streams[1]), elements)
+    def decoder(
+        self,
+        form: Format,
+        section: Section,
+        model: Model,
+        streams: Sequence[memoryview],
+        old: Mapping[int, Bytes],
+        new: Mapping[int, Bytes],
+    ) -> NumpyDecoder | None:
+        reader = StreamReader(bytes(streams[0]), bytes(streams[1]), elements(section))
         changes = {}
         for label, exponent in np.argwhere(model.counts).tolist():
             gap, step = int(model.gap[label, exponent]), int(model.step[label, exponent])
@@ -54,23 +61,37 @@ class NumpyKernel:
             # Each change's number among the section's elements of the context.
             numbers = np.cumsum([own + 1 for own, _ in rows]) - 1
             changes[label, exponent] = numbers, np.array([by for _, by in rows], np.int64)
-        return NumpyDecoder(changes) if reader.done() else None
+        return NumpyDecoder(form, section, model, changes, old, new) if reader.done() else None
 
 
 class NumpyDecoder:
-    def __init__(self, changes: Mapping[tuple[int, int], tuple[Ints, Ints]]) -> None:
+    def __init__(
+        self,
+        form: Format,
+        section: Section,
+        model: Model,
+        changes: Mapping[tuple[int, int], tuple[Ints, Ints]],
+        old: Mapping[int, Bytes],
+        new: Mapping[int, Bytes],
+    ) -> None:
+        self._form = form
+        self._section = section
+        self._labels = iter(model.classes.tolist())
         self._changes = changes
+        self._old, self._new = old, new
         # By context: its elements that are behind.
         self._seen = dict.fromkeys(changes, 0)
 
-    def fill(self, form: Format, part: Part, classes: Codes, old: Bytes, new: Bytes) -> None:
-        for piece, label in enumerate(classes.tolist(), start=part.pieces.start):
+    def fill(self, number: int) -> None:
+        part = self._section[number]
+        tensor = part.cut.tensor
+        for piece in range(part.pieces.start, part.pieces.stop):
             own = part.cut.piece == piece
-            values = _elements(form, part.cut, own, old)
-            self._change(form, label, values)
+            values = _elements(self._form, part.cut, own, self._old[tensor])
+            self._change(self._form, next(self._labels), values)
             at = 0
             for start, count in _runs(part.cut, own):
-                words(form.width, new)[start : start + count] = values[at : at + count]
+                words(self._form.width, self._new[tensor])[start : start + count] = values[at : at + count]
                 at += count
 
     def _change(self, form: Format, label: int, values: Ints) -> None:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import hashlib
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from longshore.weight_store.codec import plan
 from longshore.weight_store.codec.codes import EXPONENTS, UNCHANGED, Codes, Model
-from longshore.weight_store.codec.kernel import EVENT, TABLE, Bytes, Changes, Format, Rows, Scan
-from longshore.weight_store.codec.plan import Cut, Part
+from longshore.weight_store.codec.kernel import EVENT, TABLE, Bits, Bytes, Format, Rows, Scan, Whole
+from longshore.weight_store.codec.plan import Cut, Section, elements
 
 FOLDER = Path(__file__).parent
 # What hatch_build.py builds, by level as kernel.c knows them.
 LIBRARIES = {0: "_kernel.so", 1: "_kernel_avx2.so", 2: "_kernel_avx512.so"}
 
-_SEGMENT = np.dtype(
-    [("a", "<u8"), ("b", "<u8"), ("n", "<i8"), ("changed", "<u8"), ("first", "<i8"), ("piece", "<i4"), ("class", "<i4")]
-)
+_SEGMENT = np.dtype([("a", "<u8"), ("b", "<u8"), ("n", "<i8"), ("first", "<i8"), ("piece", "<i4"), ("class", "<i4")])
 _CHANGE = np.dtype([("gap", "<u4"), ("by", "<u4")])
 _CONTEXTS = np.dtype([("until", "<i8", EXPONENTS), ("next", "<u8", EXPONENTS)])
 
@@ -52,6 +53,12 @@ class _Reading(ctypes.Structure):
     )
 
 
+def source(folder: Path = FOLDER) -> int:
+    """What a library built of this source answers; hatch_build.py computes the same."""
+    files = sorted(folder.glob("*.[ch]"))
+    return int.from_bytes(hashlib.sha256(b"".join(path.read_bytes() for path in files)).digest()[:4], "big")
+
+
 def load(folder: Path = FOLDER) -> NativeKernel:
     """The fastest library that runs here. Raises OSError when there is none."""
     level = int(ctypes.CDLL(str(folder / LIBRARIES[0])).ls_level())
@@ -60,65 +67,78 @@ def load(folder: Path = FOLDER) -> NativeKernel:
 
 
 class NativeKernel:
-    """Raises OSError when the library is not there, cannot be loaded here, or was built of older source."""
+    """Raises OSError when the library is not there, cannot be loaded here, or was built of other source."""
 
     patience: int | None = None
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
+        answer = getattr(self._library, "ls_source", None)
+        if answer is None or answer() & 0xFFFFFFFF != source():
+            raise OSError(f"{library.name} was built of other source")
+        self._local = threading.local()
         p, i64, i32, u32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
         for name, result, arguments in (
-            ("ls_compare", i64, (p, p, i64, i32, u32, i32, p, p, p)),
-            ("ls_scan", i64, (p, i64, p, p, p, i32, u32, i32)),
+            ("ls_scan", i64, (p, p, i64, i64, p, p, p, i64, i64, p, i32, u32, i32)),
+            ("ls_scan_segments", None, (p, i64, p, p, p, i32, u32, i32)),
             ("ls_sort", None, (p, p, p, i64, p, p, p)),
             ("ls_emit", i32, (p,)),
             ("ls_read", i32, (p,)),
             ("ls_start", None, (p, p, i64, p)),
             ("ls_fill", None, (p, p, i64, i32, u32, i32)),
         ):
-            function = getattr(self._library, name, None)
-            if function is None:
-                raise OSError(f"{library.name} was built of older source")
+            function = getattr(self._library, name)
             function.restype, function.argtypes = result, arguments
 
-    def compare(self, form: Format, old: Bytes, new: Bytes) -> Changes:
+    def scan(self, form: Format, old: Bytes, new: Bytes, row: int, room: int) -> Whole | None:
         count = len(old) // form.width
-        bits = np.empty(-(-count // 64) + 1, np.uint64)
-        bits[-1] = 0
-        values = np.empty(len(new), np.uint8)
-        counts = np.zeros(EXPONENTS, np.int64)
-        found = self._library.ls_compare(
+        tables = np.zeros(-(-count // plan.PIECE), TABLE)
+        changed = np.empty(-(-count // 64) + 1, np.uint64)
+        changed[-1] = 0
+        events = self._events(room)
+        rows = np.zeros(1, np.int64)
+        found = self._library.ls_scan(
             _address(old),
             _address(new),
             count,
+            plan.PIECE,
+            _address(changed),
+            _address(tables),
+            _address(events),
+            room,
+            max(1, row),
+            _address(rows),
             form.shift,
             form.mask,
             form.width,
-            _address(bits),
-            _address(values),
-            _address(counts),
         )
-        # A copy: most of the room was not used.
-        return Changes(bits, values[: found * form.width].copy(), counts, found)
+        return None if found < 0 else Whole(Scan(events[:found].copy(), tables), changed, int(rows[0]))
 
-    def scan(self, form: Format, cut: Cut, changes: Changes, old: Bytes) -> Scan:
-        segments = _segments(form, cut, slice(None), old)
-        segments["changed"] = _address(changes.bits)
-        segments["first"] = cut.start
-        segments["piece"] = cut.piece
-        events = np.empty(changes.total, EVENT)
+    def _events(self, room: int) -> Rows:
+        """A thread's own memory, used again for each tensor: the system gives new memory slowly."""
+        own: Rows | None = getattr(self._local, "events", None)
+        if own is None or len(own) < room:
+            own = self._local.events = np.empty(room, EVENT)
+        return own
+
+    def scan_rows(self, form: Format, cut: Cut, changed: Bits, old: Bytes, new: Bytes, count: int) -> Scan:
+        segments = np.zeros(len(cut.start), _SEGMENT)
+        segments["a"] = cut.start * form.width + _address(old)
+        segments["b"] = cut.start * form.width + _address(new)
+        segments["n"], segments["first"], segments["piece"] = cut.count, cut.start, cut.piece
         tables = np.zeros(len(cut.sizes), TABLE)
-        found = self._library.ls_scan(
+        events = np.empty(count, EVENT)
+        self._library.ls_scan_segments(
             _address(segments),
             len(segments),
-            _address(changes.values),
+            _address(changed),
             _address(tables),
             _address(events),
             form.shift,
             form.mask,
             form.width,
         )
-        return Scan(events[:found], tables)
+        return Scan(events, tables)
 
     def emit(self, scans: Sequence[Scan], model: Model, room: int) -> list[bytes] | None:
         codes, counts = _codes(model), np.ascontiguousarray(model.counts)
@@ -154,7 +174,15 @@ class NativeKernel:
         # The range coder's first byte is always zero.
         return [bits[: emission.bits_size].tobytes(), ranges[1 : emission.ranges_size].tobytes()]
 
-    def decoder(self, form: Format, model: Model, elements: int, streams: Sequence[memoryview]) -> NativeDecoder | None:
+    def decoder(
+        self,
+        form: Format,
+        section: Section,
+        model: Model,
+        streams: Sequence[memoryview],
+        old: Mapping[int, Bytes],
+        new: Mapping[int, Bytes],
+    ) -> NativeDecoder | None:
         codes, counts = _codes(model), np.ascontiguousarray(model.counts)
         changes = np.empty(int(counts.sum()) + np.count_nonzero(counts), _CHANGE)
         bits, ranges = (np.frombuffer(stream, np.uint8) for stream in streams)
@@ -162,7 +190,7 @@ class NativeKernel:
             _address(codes),
             _address(counts),
             counts.size,
-            elements,
+            elements(section),
             _address(bits),
             _address(ranges),
             len(bits),
@@ -170,24 +198,56 @@ class NativeKernel:
             _address(changes),
             1 << (8 * form.width - 1),
         )
-        right = _answer(self._library.ls_read(ctypes.byref(reading)))
-        return NativeDecoder(self._library, counts, changes) if right else None
+        if not _answer(self._library.ls_read(ctypes.byref(reading))):
+            return None
+        contexts = np.empty(len(counts), _CONTEXTS)
+        self._library.ls_start(_address(contexts), _address(counts), len(counts), _address(changes))
+        return NativeDecoder(self._library, form, section, model, (contexts, changes), old, new)
 
 
 class NativeDecoder:
-    def __init__(self, library: ctypes.CDLL, counts: npt.NDArray[np.uint32], changes: Rows) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        form: Format,
+        section: Section,
+        model: Model,
+        state: tuple[Rows, Rows],
+        old: Mapping[int, Bytes],
+        new: Mapping[int, Bytes],
+    ) -> None:
         self._library = library
-        # The contexts point into it.
-        self._changes = changes
-        self._contexts = np.empty(len(counts), _CONTEXTS)
-        library.ls_start(_address(self._contexts), _address(counts), len(counts), _address(changes))
+        self._form = form
+        # The contexts point into the changes.
+        self._state = state
+        # All parts' segments: a few numpy calls for them all, and not for each.
+        starts, counts, pieces = [], [], []
+        first = 0
+        for part in section:
+            starts.append(part.cut.start[part.segments])
+            counts.append(part.cut.count[part.segments])
+            pieces.append(part.cut.piece[part.segments] + (first - part.pieces.start))
+            first += part.pieces.stop - part.pieces.start
+        lengths = [len(own) for own in starts]
+        self._ends = np.append(0, np.cumsum(lengths)).tolist()
+        self._segments = np.zeros(self._ends[-1], _SEGMENT)
+        for name, tensors in (("a", old), ("b", new)):
+            addresses = np.array([_address(tensors[part.cut.tensor]) for part in section], np.int64)
+            self._segments[name] = np.repeat(addresses, lengths) + np.concatenate(starts) * form.width
+        self._segments["n"] = np.concatenate(counts)
+        self._segments["class"] = _classes(model.classes)[np.concatenate(pieces)]
+        self._address = _address(self._segments)
+        self._contexts = _address(state[0])
 
-    def fill(self, form: Format, part: Part, classes: Codes, old: Bytes, new: Bytes) -> None:
-        segments = _segments(form, part.cut, part.segments, old)
-        segments["b"] = part.cut.start[part.segments] * form.width + _address(new)
-        segments["class"] = _classes(classes)[part.cut.piece[part.segments] - part.pieces.start]
+    def fill(self, number: int) -> None:
+        first, last = self._ends[number : number + 2]
         self._library.ls_fill(
-            _address(self._contexts), _address(segments), len(segments), form.shift, form.mask, form.width
+            self._contexts,
+            self._address + first * _SEGMENT.itemsize,
+            last - first,
+            self._form.shift,
+            self._form.mask,
+            self._form.width,
         )
 
 
@@ -210,10 +270,3 @@ def _classes(classes: Codes) -> npt.NDArray[np.int32]:
 def _codes(model: Model) -> Bytes:
     """As kernel.c's `code` is laid out."""
     return np.stack([model.gap, model.step], axis=-1).reshape(-1)
-
-
-def _segments(form: Format, cut: Cut, own: slice, old: Bytes) -> Rows:
-    segments = np.zeros(len(cut.start[own]), _SEGMENT)
-    segments["a"] = cut.start[own] * form.width + _address(old)
-    segments["n"] = cut.count[own]
-    return segments

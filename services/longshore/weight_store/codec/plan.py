@@ -104,6 +104,10 @@ def sections(cuts: Sequence[Cut]) -> list[Section]:
     return made
 
 
+def elements(section: Section) -> int:
+    return sum(int(part.cut.sizes[part.pieces].sum()) for part in section)
+
+
 def _segments(own: Cut, low: int, high: int) -> slice:
     """Of the pieces from low to high."""
     if own.rows is None:

@@ -70,6 +70,17 @@ INLINE uint64_t differ(const uint8_t *a, const uint8_t *b, int width) {
     return bits;
 }
 
+/* Counts of up to 255 blocks' elements with one exponent, by place. */
+typedef __m512i tally;
+
+INLINE tally no_tally(void) { return _mm512_setzero_si512(); }
+
+INLINE tally add_equal(tally t, exponents e, uint32_t value) {
+    return _mm512_mask_sub_epi8(t, equal(e, value), t, _mm512_set1_epi8(-1));
+}
+
+INLINE uint32_t sum(tally t) { return (uint32_t)_mm512_reduce_add_epi64(_mm512_sad_epu8(t, _mm512_setzero_si512())); }
+
 #elif defined(__AVX2__)
 
 #include <immintrin.h>
@@ -140,6 +151,24 @@ INLINE uint64_t differ(const uint8_t *a, const uint8_t *b, int width) {
     return ~bits_of(same[0], same[1]);
 }
 
+/* Counts of up to 255 blocks' elements with one exponent, by place. */
+typedef exponents tally;
+
+INLINE tally no_tally(void) { return (tally){{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+
+INLINE tally add_equal(tally t, exponents e, uint32_t value) {
+    __m256i all = _mm256_set1_epi8((char)value);
+    for (int k = 0; k < 2; k++) t.half[k] = _mm256_sub_epi8(t.half[k], _mm256_cmpeq_epi8(e.half[k], all));
+    return t;
+}
+
+INLINE uint32_t sum(tally t) {
+    __m256i zero = _mm256_setzero_si256();
+    __m256i s = _mm256_add_epi64(_mm256_sad_epu8(t.half[0], zero), _mm256_sad_epu8(t.half[1], zero));
+    return (uint32_t)(_mm256_extract_epi64(s, 0) + _mm256_extract_epi64(s, 1) + _mm256_extract_epi64(s, 2) +
+                      _mm256_extract_epi64(s, 3));
+}
+
 #else
 
 typedef struct {
@@ -178,6 +207,16 @@ INLINE uint64_t differ(const uint8_t *a, const uint8_t *b, int width) {
     for (int i = 0; i < 64; i++) bits |= (uint64_t)(element(a + i * width, width) != element(b + i * width, width)) << i;
     return bits;
 }
+
+typedef uint32_t tally;
+
+INLINE tally no_tally(void) { return 0; }
+
+INLINE tally add_equal(tally t, exponents e, uint32_t value) {
+    return t + (uint32_t)__builtin_popcountll(equal(e, value));
+}
+
+INLINE uint32_t sum(tally t) { return t; }
 
 #endif
 

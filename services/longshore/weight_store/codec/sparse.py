@@ -12,7 +12,7 @@ from longshore.errors import IntegrityError
 from longshore.weight_store.codec import codes, frame
 from longshore.weight_store.codec.codes import EXPONENTS, Model
 from longshore.weight_store.codec.kernel import Kernel, Scan
-from longshore.weight_store.codec.plan import Part, Section
+from longshore.weight_store.codec.plan import Part, Section, elements
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def encode(kernel: Kernel, width: int, section: Section, scans: Mapping[int, Sca
     """`scans`: by tensor. None when the section's own bytes are no more than this would be."""
     own = [_part(part, scans[part.cut.tensor]) for part in section]
     counts = (np.concatenate([scan.tables[name] for scan in own]) for name in ("elements", "changed", "excess"))
-    model = codes.fit(*(table.astype(np.int64) for table in counts))
+    model = codes.fit(*counts)
     size = elements(section) * width
     streams = kernel.emit(own, model, size + 64)
     if streams is None or sum(len(stream) for stream in streams) > size:
@@ -68,10 +68,6 @@ def read(fields: frame.Fields, section: Section) -> tuple[Model, list[memoryview
     sizes = fields.take(2, np.uint32)
     model = Model(classes, gap, step, counts.astype(np.uint32))
     return model, [fields.part(int(size)) for size in sizes]
-
-
-def elements(section: Section) -> int:
-    return sum(int(part.cut.sizes[part.pieces].sum()) for part in section)
 
 
 def _part(part: Part, scan: Scan) -> Scan:

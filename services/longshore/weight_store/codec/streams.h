@@ -84,8 +84,8 @@ typedef struct {
 enum { SLOWEST = 127, TOP = 1 << 24 };
 
 typedef struct {
-    bin sign[4], longer[4][32], mantissa[4][32][4], flip;
-} step_bins; /* by flip and sign */
+    bin unit, flip, down[2], longer[4][32], mantissa[4][32][4]; /* by flip, and down */
+} step_bins;
 
 typedef struct {
     bin more[64];
@@ -226,9 +226,9 @@ static uint32_t read_adaptive(reader *r, uint8_t gap_code) {
 
 /* By what the value changes: its magnitude in the bits below `top`, its sign in that one. */
 static uint32_t read_step(reader *r, uint8_t step_code, uint32_t top) {
-    if (step_code == UNIT) return take(&r->bits, 1) ? top - 1 : 1;
     step_bins *b = &r->bins.step[step_code & 63];
-    int flip = decode_bit(&r->ranges, &b->flip), down = decode_bit(&r->ranges, &b->sign[flip]);
+    if (step_code == UNIT || decode_bit(&r->ranges, &b->unit)) return take(&r->bits, 1) ? top - 1 : 1;
+    int flip = decode_bit(&r->ranges, &b->flip), down = decode_bit(&r->ranges, &b->down[flip]);
     int kind = flip * 2 + down, length = 0, shown = 0, node = 1;
     while (length < 31 && decode_bit(&r->ranges, &b->longer[kind][length])) length++;
     for (; shown < 2 && shown < length; shown++)
@@ -265,13 +265,15 @@ static inline void write_gap(writer *w, const plan *c, uint32_t gap) {
 
 static void write_step(writer *w, uint8_t step_code, int32_t step, int flip) {
     int down = step < 0;
-    if (step_code == UNIT) {
+    int unit = !flip && (step == 1 || step == -1);
+    step_bins *b = &w->bins.step[step_code & 63];
+    if (step_code != UNIT) encode_bit(&w->ranges, &b->unit, unit);
+    if (unit) {
         put(&w->bits, (uint64_t)down, 1);
         return;
     }
-    step_bins *b = &w->bins.step[step_code & 63];
     encode_bit(&w->ranges, &b->flip, flip);
-    encode_bit(&w->ranges, &b->sign[flip], down);
+    encode_bit(&w->ranges, &b->down[flip], down);
     uint32_t size = (down ? 0 - (uint32_t)step : (uint32_t)step) + (uint32_t)flip;
     int kind = flip * 2 + down, length = 31 - __builtin_clz(size), node = 1, shown = 0;
     for (int i = 0; i < length; i++) encode_bit(&w->ranges, &b->longer[kind][i], 1);

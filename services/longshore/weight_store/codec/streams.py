@@ -44,7 +44,7 @@ class _Bins:
         return self._bins.setdefault(name, [32768, 0])
 
 
-_MORE, _FLIP, _DOWN, _LONGER, _MANTISSA = range(5)
+_MORE, _UNIT, _FLIP, _DOWN, _LONGER, _MANTISSA = range(6)
 
 
 def _code_step(
@@ -101,8 +101,10 @@ class StreamWriter:
             self._put((rest + short) & 1, 1)
 
     def step(self, code: int, step: int, flip: bool) -> None:
-        down = int(step < 0)
-        if code == UNIT:
+        down, unit = int(step < 0), abs(step) == 1 and not flip
+        if code != UNIT:
+            self._bit(self._bins(_UNIT, code & 63), int(unit))
+        if unit:
             self._put(down, 1)
             return
         size = abs(step) + flip
@@ -184,7 +186,7 @@ class StreamReader:
 
     def step(self, code: int) -> int:
         """The magnitude's step, and FLIPPED where the sign changes."""
-        if code == UNIT:
+        if code == UNIT or self._bit(self._bins(_UNIT, code & 63), 0):
             return 1 - 2 * self._take(1)
         flip, down, length, node, shown = _code_step(self._bins, code & 63, self._bit, 0, 0, 1)
         size = (node << (length - shown) | self._take(length - shown)) - flip

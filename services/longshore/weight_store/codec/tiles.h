@@ -1,4 +1,4 @@
-/* Up to 64 blocks of elements at a time, and which exponents in them to count how. */
+/* Some blocks of elements at a time, and which exponents in them to count how. */
 
 #ifndef LONGSHORE_TILES_H
 #define LONGSHORE_TILES_H
@@ -7,7 +7,7 @@
 
 #define EXPONENTS 256
 #define BLOCK 64
-#define BLOCKS 64
+#define BLOCKS 16
 
 INLINE uint64_t first_bits(int64_t n) { return n >= 64 ? UINT64_MAX : (1ull << n) - 1; }
 
@@ -19,7 +19,7 @@ typedef struct {
     int zeros;          /* exponent 0 is common besides */
 } tiers;
 
-enum { SAMPLE = 512, COMMON = 2 };
+enum { SAMPLE = 2048, COMMON = 2 };
 
 /* By a sample of n elements, of which there is at least one. */
 INLINE tiers tiers_of(const uint8_t *a, int64_t n, format f) {
@@ -32,7 +32,7 @@ INLINE tiers tiers_of(const uint8_t *a, int64_t n, format f) {
     return t;
 }
 
-/* ---- tiles: up to 64 blocks at a time ---- */
+/* ---- tiles ---- */
 
 typedef struct {
     exponents block[BLOCKS];
@@ -55,17 +55,34 @@ INLINE void load_tile(tile *t, const uint8_t *a, int64_t n, format f) {
 
 INLINE uint64_t valid(const tile *t, int j) { return j + 1 < t->blocks ? UINT64_MAX : t->last; }
 
-/* before[j]: the exponent's elements in blocks before the j-th. Returns how many there are. */
-INLINE uint32_t count_tile(const tile *t, uint32_t exponent, uint16_t before[BLOCKS]) {
+/* How many elements have the exponent. */
+INLINE uint32_t count(const tile *t, uint32_t exponent) {
+    tally some = no_tally();
+    for (int j = 0; j < t->blocks - 1; j++) some = add_equal(some, t->block[j], exponent);
+    return sum(some) + (uint32_t)__builtin_popcountll(equal(t->block[t->blocks - 1], exponent) & t->last);
+}
+
+/* The same; before[j]: how many are in blocks before the j-th. */
+INLINE uint32_t count_before(const tile *t, uint32_t exponent, uint16_t before[BLOCKS]) {
     uint32_t n = 0;
-    for (int j = 0; j < t->blocks - 1; j++) {
+    for (int j = 0; j < t->blocks; j++) {
         before[j] = (uint16_t)n;
-        n += (uint32_t)__builtin_popcountll(equal(t->block[j], exponent));
+        n += (uint32_t)__builtin_popcountll(equal(t->block[j], exponent) & valid(t, j));
     }
-    before[t->blocks - 1] = (uint16_t)n;
-    n += (uint32_t)__builtin_popcountll(equal(t->block[t->blocks - 1], exponent) & t->last);
     for (int j = t->blocks; j < BLOCKS; j++) before[j] = UINT16_MAX;
     return n;
+}
+
+/* The last block that has no more than so many of the counted elements before it. */
+INLINE int block_of(const uint16_t before[BLOCKS], int64_t many) {
+#if defined(__AVX512VL__) && defined(__AVX512BW__)
+    __m256i all = _mm256_set1_epi16((short)many), own = _mm256_loadu_si256((const __m256i *)before);
+    return __builtin_popcount(_mm256_cmple_epu16_mask(own, all)) - 1;
+#else
+    int last = 0;
+    for (int half = BLOCKS / 2; half; half /= 2) last += before[last + half] <= many ? half : 0;
+    return last;
+#endif
 }
 
 #endif
