@@ -47,10 +47,9 @@ def choose(kernel: Kernel, index: int, tensor: Tensor, old: Bytes, new: Bytes) -
     changes = len(whole.scan.events)
     if not changes:
         return Choice(SAME)
-    if width % 8 or not _rows_pay(rows, whole.rows, changes):
+    if not _rows_pay(rows, int(np.count_nonzero(whole.rows)), changes):
         return Choice(SPARSE, cut(index, elements, None), whole.scan)
-    alive = whole.changed.view(np.uint8)[: elements // 8].reshape(rows, width // 8).any(axis=1)
-    own = cut(index, elements, np.asarray(alive, np.bool_))
+    own = cut(index, elements, whole.rows)
     return Choice(SPARSE_ROWS, own, kernel.scan_rows(form, own, whole.changed, old, new, changes))
 
 

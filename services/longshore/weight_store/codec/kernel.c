@@ -48,7 +48,7 @@ static void end_piece(table *t) {
 }
 
 INLINE int64_t scan(const uint8_t *a, const uint8_t *b, int64_t n, int64_t piece, uint64_t *changed, table *tables,
-                    event *events, int64_t room, int64_t row, int64_t *rows, format f) {
+                    event *events, int64_t room, int64_t row, uint8_t *rows, format f) {
     scanner s = scanner_of(a, n, events, f);
     int64_t left = room, row_end = 0;
     for (int64_t first = 0; first < n; first += piece, tables++) {
@@ -60,7 +60,11 @@ INLINE int64_t scan(const uint8_t *a, const uint8_t *b, int64_t n, int64_t piece
             for (int64_t j = 0; j * BLOCK < size; j++) {
                 for (uint64_t bits = changed[i / BLOCK + j]; bits; bits &= bits - 1) {
                     int64_t k = i + j * BLOCK + __builtin_ctzll(bits);
-                    if (k >= row_end) ++*rows, row_end = k - k % row + row;
+                    if (k < row_end) continue;
+                    /* The narrow division takes half the time. */
+                    int64_t number = n <= UINT32_MAX ? (uint32_t)k / (uint32_t)row : k / row;
+                    rows[number] = 1;
+                    row_end = (number + 1) * row;
                 }
             }
             tile own;
@@ -73,9 +77,9 @@ INLINE int64_t scan(const uint8_t *a, const uint8_t *b, int64_t n, int64_t piece
 }
 
 /* A whole tensor of n elements, by pieces of so many, which are whole blocks. Returns how many elements changed, -1
-   when there are more than `room`. Those are bits in `changed`; so many rows, of `row` elements each, have any. */
+   when there are more than `room`. Those are bits in `changed`; rows, of `row` elements each, that have any are marked. */
 int64_t ls_scan(const uint8_t *a, const uint8_t *b, int64_t n, int64_t piece, uint64_t *changed, table *tables,
-                event *events, int64_t room, int64_t row, int64_t *rows, int shift, uint32_t mask, int width) {
+                event *events, int64_t room, int64_t row, uint8_t *rows, int shift, uint32_t mask, int width) {
     if (width == 4) return scan(a, b, n, piece, changed, tables, events, room, row, rows, (format){4, shift, mask});
     return scan(a, b, n, piece, changed, tables, events, room, row, rows, (format){2, shift, mask});
 }

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longshore.weight_store.codec.codes import EXPONENTS, Model
-from longshore.weight_store.codec.plan import Cut, Section
+from longshore.weight_store.codec.plan import Cut, Flags, Section
 
 Bytes = npt.NDArray[np.uint8]
 # Elements as unsigned numbers of 16 or 32 bits.
@@ -66,8 +66,8 @@ class Whole:
     scan: Scan
     # A bit an element, the lowest first, and a word of zeros at the end.
     changed: Bits
-    # How many have changes.
-    rows: int
+    # Of each row, whether anything in it changed.
+    rows: Flags
 
 
 class Decoder(Protocol):

@@ -23,7 +23,7 @@ class NumpyKernel:
         changed = np.zeros(-(-len(differs) // 64) + 1, np.uint64)
         packed = np.packbits(differs, bitorder="little")
         changed.view(np.uint8)[: len(packed)] = packed
-        rows = int(differs.reshape(-1, max(1, row)).any(axis=1).sum())
+        rows = differs.reshape(len(differs) // row if row else 0, row).any(axis=1)
         return Whole(self._scan(form, cut(0, len(differs), None), old, new), changed, rows)
 
     def scan_rows(self, form: Format, cut: Cut, changed: Bits, old: Bytes, new: Bytes, count: int) -> Scan:

@@ -96,7 +96,7 @@ class NativeKernel:
         changed = np.empty(-(-count // 64) + 1, np.uint64)
         changed[-1] = 0
         events = self._events(room)
-        rows = np.zeros(1, np.int64)
+        rows = np.zeros(count // row if row else 0, np.bool_)
         found = self._library.ls_scan(
             _address(old),
             _address(new),
@@ -112,7 +112,7 @@ class NativeKernel:
             form.mask,
             form.width,
         )
-        return None if found < 0 else Whole(Scan(events[:found].copy(), tables), changed, int(rows[0]))
+        return None if found < 0 else Whole(Scan(events[:found].copy(), tables), changed, rows)
 
     def _events(self, room: int) -> Rows:
         """A thread's own memory, used again for each tensor: the system gives new memory slowly."""

@@ -38,6 +38,7 @@ typedef struct {
     exponents block[BLOCKS];
     uint64_t last; /* the last block's elements */
     int blocks;
+    int full; /* all elements of all blocks are there */
 } tile;
 
 /* n: from 1 to BLOCKS * BLOCK elements. */
@@ -51,6 +52,7 @@ INLINE void load_tile(tile *t, const uint8_t *a, int64_t n, format f) {
     }
     t->blocks = whole + (rest > 0);
     t->last = rest ? first_bits(rest) : UINT64_MAX;
+    t->full = n == BLOCKS * BLOCK;
 }
 
 INLINE uint64_t valid(const tile *t, int j) { return j + 1 < t->blocks ? UINT64_MAX : t->last; }
@@ -58,6 +60,11 @@ INLINE uint64_t valid(const tile *t, int j) { return j + 1 < t->blocks ? UINT64_
 /* How many elements have the exponent. */
 INLINE uint32_t count(const tile *t, uint32_t exponent) {
     tally some = no_tally();
+    if (t->full) {
+#pragma GCC unroll 16
+        for (int j = 0; j < BLOCKS; j++) some = add_equal(some, t->block[j], exponent);
+        return sum(some);
+    }
     for (int j = 0; j < t->blocks - 1; j++) some = add_equal(some, t->block[j], exponent);
     return sum(some) + (uint32_t)__builtin_popcountll(equal(t->block[t->blocks - 1], exponent) & t->last);
 }
