@@ -1,10 +1,13 @@
 """What payloads cost, and tensors that cross the borders of pieces and sections."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from codec_versions import ITEM, edited, weights
 
 from longshore.weight_store.codec import delta, native, plan, planes
+from longshore.weight_store.codec.kernel_numpy import NumpyKernel
 from longshore.weight_store.payload import Tensor, tensor_info
 
 # Magic, digest, and a header of a few fields.
@@ -104,7 +107,9 @@ def test_sections_are_cut_the_same_however_many_rows_are_left_out():
         rows = rng.random(2000) < share
         cuts = [plan.cut(0, 2000 * 300, rows), plan.cut(1, 10**6, None), plan.cut(2, 5, None)]
         covered = {own.tensor: np.zeros(10**6, np.int64) for own in cuts}
-        for part in (part for section in plan.sections(cuts) for part in section):
+        sectioner = plan.Sectioner()
+        sections = [section for own in cuts for section in sectioner.add(own)] + sectioner.finish()
+        for part in (part for section in sections for part in section):
             assert part.cut.sizes[part.pieces].sum() == part.cut.count[part.segments].sum()
             starts, counts = part.cut.start[part.segments], part.cut.count[part.segments]
             for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
@@ -120,3 +125,42 @@ def test_memory_may_be_used_again():
     payload = delta.encode([base], [new])
     got = delta.decode(payload, [base], [tensor_info(new)], allocate=lambda size: memory[:size])
     assert bytes(got[0].data) == memory.tobytes() == new.data
+
+
+def test_what_seemed_sparse_and_is_not_is_coded_in_blocks(monkeypatch):
+    """A section whose streams do not fit is given up; the others stay."""
+    monkeypatch.setattr(plan, "SECTION", 3000)
+    every = [pair("bfloat16", (3000,), share, 1, seed=index, name=f"t{index}") for index, share in enumerate([0.1] * 3)]
+    base, new = zip(*every, strict=True)
+    kept = OwnKernel.emit
+    calls = []
+
+    def emit(self, scans, model, room):
+        calls.append(scans)
+        return None if len(calls) == 2 else kept(self, scans, model, room)
+
+    whole = len(round_trip(base, new, kernel=OwnKernel()))
+    monkeypatch.setattr(OwnKernel, "emit", emit)
+    assert len(round_trip(base, new, kernel=OwnKernel())) > whole
+    # Three sections; then two without the second tensor.
+    assert len(calls) == 5
+
+
+class OwnKernel(NumpyKernel):
+    """A kernel of the test's own."""
+
+
+def test_encoding_takes_memory_for_some_tensors_and_not_for_all(native_kernels, monkeypatch):
+    monkeypatch.setattr(plan, "SECTION", 50_000)
+    every = [pair("bfloat16", (100, 200), 0.1, 1, seed=index, name=f"t{index}") for index in range(40)]
+    base, new = zip(*every, strict=True)
+    peaks = []
+    for count in (5, 40):
+        tracemalloc.start()
+        try:
+            payload = delta.encode(base[:count], new[:count], kernel=native_kernels[0])
+            peaks.append(tracemalloc.get_traced_memory()[1] - 2 * len(payload))
+        finally:
+            tracemalloc.stop()
+    # A tensor's changes alone, 24 kB each, would be 840 kB more.
+    assert peaks[1] < peaks[0] + 200_000

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from longshore.errors import IntegrityError
-from longshore.weight_store.codec import blocks, choice, frame, kernels, sparse
-from longshore.weight_store.codec.choice import BLOCKS, SAME, SPARSE, SPARSE_ROWS, Choice
+from longshore.weight_store.codec import blocks, frame, kernels, sparse, waves
+from longshore.weight_store.codec.choice import BLOCKS, SAME, SPARSE, SPARSE_ROWS
 from longshore.weight_store.codec.codes import Model
 from longshore.weight_store.codec.kernel import FORMATS, Bytes, Format, Kernel
-from longshore.weight_store.codec.plan import Cut, Section, cut, rows_of, sections
+from longshore.weight_store.codec.plan import Cut, Section, Sectioner, cut, rows_of
 from longshore.weight_store.payload import Tensor, TensorInfo
 
 CODEC = "longshore-delta/1"
@@ -40,12 +40,7 @@ def encode(base: Sequence[Tensor], new: Sequence[Tensor], threads: int = 1, *, k
         raise ValueError("base and new tensors differ in order, names, dtypes or shapes: publish a full encoding")
     own = kernel or kernels.best()
     old_bytes, new_bytes = (list(map(frame.bytes_of, tensors)) for tensors in (base, new))
-    choices: Sequence[Choice] = frame.each(
-        threads,
-        lambda index: choice.choose(own, index, new[index], old_bytes[index], new_bytes[index]),
-        range(len(new)),
-    )
-    choices, coded = _sections(threads, own, new, choices)
+    choices, coded = waves.encode(threads, own, new, old_bytes, new_bytes)
     fields: list[npt.NDArray[np.generic]] = [np.array([one.mode for one in choices], np.uint8)]
     fields += [np.packbits(one.cut.rows) for one in choices if one.cut and one.cut.rows is not None]
     parts: list[bytes | memoryview] = []
@@ -147,7 +142,7 @@ def _read(payload: bytes | memoryview, infos: Sequence[TensorInfo]) -> _Contents
     modes = fields.take(len(infos))
     cuts = [_read_cut(fields, index, info, int(modes[index])) for index, info in enumerate(infos)]
     work = []
-    for form, section in _plan(infos, [one for one in cuts if one is not None]):
+    for form, section in _plan(infos, cuts):
         model, streams = sparse.read(fields, section)
         work.append(_Coded(form, section, model, streams))
     stored = {
@@ -220,24 +215,12 @@ def _verify_unchanged(
             raise IntegrityError(f"tensor {info.name} does not match its checksum: the payload leaves it unchanged")
 
 
-def _sections(
-    threads: int, kernel: Kernel, tensors: Sequence[Tensor], choices: Sequence[Choice]
-) -> tuple[Sequence[Choice], list[sparse.Encoded]]:
-    """The sections of what is sparse; tensors that were thought to be and are not are coded in blocks instead."""
-    scans = {one.cut.tensor: one.scan for one in choices if one.cut is not None and one.scan is not None}
-    work = _plan(tensors, [one.cut for one in choices if one.cut is not None])
-    coded = frame.each(threads, lambda own: sparse.encode(kernel, own[0].width, own[1], scans), work)
-    dense = {part.cut.tensor for own, made in zip(work, coded, strict=True) if made is None for part in own[1]}
-    if not dense:
-        return choices, [made for made in coded if made is not None]
-    choices = [Choice(BLOCKS) if index in dense else one for index, one in enumerate(choices)]
-    return _sections(threads, kernel, tensors, choices)
-
-
-def _plan(tensors: Sequence[Tensor] | Sequence[TensorInfo], cuts: Sequence[Cut]) -> list[tuple[Format, Section]]:
+def _plan(infos: Sequence[TensorInfo], cuts: Sequence[Cut | None]) -> list[tuple[Format, Section]]:
     """The sections of all dtypes."""
-    return [
-        (form, section)
-        for dtype, form in FORMATS.items()
-        for section in sections([own for own in cuts if tensors[own.tensor].dtype == dtype])
-    ]
+    planned = []
+    for dtype, form in FORMATS.items():
+        sectioner = Sectioner()
+        own = (one for info, one in zip(infos, cuts, strict=True) if one is not None and info.dtype == dtype)
+        planned += [(form, section) for one in own for section in sectioner.add(one)]
+        planned += [(form, section) for section in sectioner.finish()]
+    return planned

@@ -7,7 +7,6 @@ a section, which is coded by itself.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,35 +81,43 @@ def cut(tensor: int, elements: int, rows: Flags | None) -> Cut:
     return Cut(tensor, rows, starts[run] + cuts - at[run], counts, piece, sizes, total)
 
 
-def sections(cuts: Sequence[Cut]) -> list[Section]:
-    """Of tensors of one dtype, in the layout's order."""
-    total = sum(own.elements for own in cuts)
-    parts = max(1, round(total / SECTION))
-    made: list[Section] = []
-    current = -1
-    behind = 0
-    for own in cuts:
-        # The section of each of the tensor's pieces.
-        numbers = [(behind + start) * parts // total for start in range(0, own.elements, PIECE)]
-        behind += own.elements
+class Sectioner:
+    """Puts pieces of tensors of one dtype, in the layout's order, into sections of SECTION elements or a piece more.
+
+    So a section is complete, and can be coded, before later tensors are looked at.
+    """
+
+    def __init__(self) -> None:
+        self.open: Section = []
+        self._size = 0
+
+    def add(self, own: Cut) -> list[Section]:
+        """The sections that the tensor completes."""
+        complete = []
         low = 0
-        for number, same in itertools.groupby(numbers):
-            high = low + sum(1 for _ in same)
-            if number != current:
-                made.append([])
-                current = number
-            made[-1].append(Part(own, slice(low, high), _segments(own, low, high)))
-            low = high
-    return made
+        for piece, size in enumerate(own.sizes.tolist()):
+            self._size += size
+            if self._size >= SECTION:
+                complete.append([*self.open, _part(own, low, piece + 1)])
+                self.open, self._size = [], 0
+                low = piece + 1
+        if low < len(own.sizes):
+            self.open.append(_part(own, low, len(own.sizes)))
+        return complete
+
+    def finish(self) -> list[Section]:
+        """The last section, if there is anything in it."""
+        last, self.open, self._size = self.open, [], 0
+        return [last] if last else []
 
 
 def elements(section: Section) -> int:
     return sum(int(part.cut.sizes[part.pieces].sum()) for part in section)
 
 
-def _segments(own: Cut, low: int, high: int) -> slice:
-    """Of the pieces from low to high."""
+def _part(own: Cut, low: int, high: int) -> Part:
+    """Its pieces from low to high."""
     if own.rows is None:
-        return slice(low, high)
+        return Part(own, slice(low, high), slice(low, high))
     first, last = np.searchsorted(own.piece, [low, high]).tolist()
-    return slice(first, last)
+    return Part(own, slice(low, high), slice(first, last))
