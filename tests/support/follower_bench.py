@@ -32,6 +32,8 @@ class Store:
         self.versions: dict[int, PolicyVersion] = {}
         self.bundles = {ASSETS: {"config.json": config_json(tiny_model(0))}}
         self.fetched: list[int] = []
+        # Pushed and not published.
+        self.withheld: set[int] = set()
         self.failures = 0
         self.pointer = "head"
         self.gate = asyncio.Event()
@@ -58,9 +60,11 @@ class Store:
     def push(self, version: int, **changes: object) -> None:
         """Its bytes are here before the pointer."""
         self.publish(version, head=False, **changes)
+        self.withheld.add(version)
         self._heads.put_nowait(News(version, published=False))
 
     def point(self, version: int) -> None:
+        self.withheld.discard(version)
         self._heads.put_nowait(News(version, published=True))
 
     async def watch(self, pointer: str) -> AsyncIterator[News]:
@@ -77,6 +81,11 @@ class Store:
         if version not in self.versions:
             raise NotFound(f"no version {version}")
         return self.versions[version]
+
+    async def describe(self, version: int) -> PolicyVersion:
+        if version not in self.versions or version in self.withheld:
+            raise NotFound(f"no version {version}")
+        return dataclasses.replace(self.versions[version], tensors=None)
 
     async def assets(self, sha256: str) -> dict[str, bytes]:
         return self.bundles[sha256]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -36,6 +37,9 @@ class VersionSource(Protocol):
     def watch(self, pointer: str) -> AsyncIterator[News]: ...
 
     async def fetch(self, version: int) -> PolicyVersion: ...
+
+    async def describe(self, version: int) -> PolicyVersion:
+        """As published, without its tensors. Raises NotFound: it was not, or not yet."""
 
     async def assets(self, sha256: str) -> dict[str, bytes]: ...
 
@@ -68,6 +72,8 @@ class Follower:
         self._moved = asyncio.Event()
         # Staging is for one version at a time.
         self._staging = asyncio.Lock()
+        # Versions that are being made resident beside the served one.
+        self._keeping: dict[int, asyncio.Task[None]] = {}
         # Version and checksum of what is staged and proven.
         self._staged: tuple[int, str] | None = None
         self._resident: int | None = None
@@ -83,7 +89,7 @@ class Follower:
         try:
             await asyncio.wait((following, watching), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (following, watching):
+            for task in (following, watching, *self._keeping.values()):
                 task.cancel()
             ended = await asyncio.gather(following, watching, return_exceptions=True)
         for result in ended:
@@ -94,18 +100,38 @@ class Follower:
         """Makes another version resident beside the served one, for requests that ask for it.
 
         Raises:
-            NotFound: there is no such version.
+            NotFound: there is no such version, or it is not published yet.
             Unavailable: nothing is served yet, or there is no room.
             IntegrityError: the version cannot be proven.
         """
         if self._engine is None:
             raise Unavailable("no policy version has been proven yet")
+        task = self._keeping.get(version)
+        if task is None:
+            task = asyncio.create_task(self._keep(self._engine, version), name=f"keep {version}")
+            self._keeping[version] = task
+            task.add_done_callback(partial(self._kept, version))
+        # Staging goes on in its thread when who asked has gone: nothing else may be staged before it ends.
+        await asyncio.shield(task)
+
+    async def _keep(self, engine: Engine, version: int) -> None:
         async with self._staging:
-            status = self._engine.status()
-            if version not in (status.version, *status.beside):
-                engine = await self._prepare(version)
-                self._staged = None
-                await asyncio.wrap_future(engine.keep())
+            status = engine.status()
+            if version in (status.version, *status.beside):
+                return
+            # What was pushed may be withdrawn; its number then comes with other weights.
+            published = await self._source.describe(version)
+            await self._prepare(version)
+            staged, self._staged = self._staged, None
+            if staged != (version, published.checksum):
+                raise Unavailable(f"what came as version {version} is not what was published as it")
+            await asyncio.wrap_future(engine.keep())
+
+    def _kept(self, version: int, task: asyncio.Task[None]) -> None:
+        del self._keeping[version]
+        if not task.cancelled():
+            # Whoever still waits is told; without one, nobody needs to be.
+            task.exception()
 
     async def _watch(self) -> None:
         async for news in self._source.watch(self._pointer):

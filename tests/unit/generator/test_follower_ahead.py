@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Mapping
 
 import pytest
 import torch
-from follower_bench import Bench, expected, refusals, scores
+from follower_bench import WAIT_S, Bench, expected, refusals, scores
 
 from longshore.errors import IntegrityError, NotFound, Unavailable
 from longshore.generator import follower as follower_module
@@ -148,10 +149,15 @@ async def test_keeping_takes_turns_with_what_was_staged_ahead(roomy: Bench) -> N
     assert roomy.status.beside == (7,)
 
 
-async def test_the_version_that_was_staged_ahead_can_be_kept(roomy: Bench) -> None:
+async def test_the_version_that_was_staged_ahead_can_be_kept_once_it_is_published(roomy: Bench) -> None:
     await roomy.serve(0)
     roomy.store.push(1)
     await roomy.until(lambda: roomy.staged == [0, 1])
+    with pytest.raises(NotFound):
+        await roomy.follower.keep(1)
+    assert roomy.status.beside == ()
+    # Its pointer is still on the way.
+    roomy.store.withheld.clear()
     await roomy.follower.keep(1)
     assert (roomy.staged, roomy.status.beside) == ([0, 1], (1,))
     roomy.store.point(1)
@@ -164,6 +170,37 @@ async def test_many_who_ask_for_one_version_cause_one_staging(roomy: Bench) -> N
     roomy.store.publish(7, head=False)
     await asyncio.gather(*(roomy.follower.keep(7) for _ in range(4)))
     assert roomy.staged == [0, 7]
+
+
+async def test_staging_for_a_request_that_has_gone_ends_before_another_begins(roomy: Bench) -> None:
+    """Else the weights of one could be swapped in as those of the other, unproven."""
+    await roomy.serve(0)
+    assert roomy.engine is not None
+    stage, busy, go, overlaps = roomy.engine.stage, threading.Lock(), threading.Event(), []
+
+    def slow(version: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        if not busy.acquire(blocking=False):
+            overlaps.append(version)
+            return
+        try:
+            stage(version, tensors)
+            assert version != 7 or go.wait(WAIT_S)
+        finally:
+            busy.release()
+
+    roomy.engine.stage = slow  # type: ignore[method-assign]
+    roomy.store.publish(7, head=False)
+    asked = asyncio.create_task(roomy.follower.keep(7))
+    await roomy.until(lambda: roomy.staged == [0, 7])
+    asked.cancel()
+    roomy.store.publish(1)
+    await asyncio.sleep(0.05)
+    go.set()
+    await roomy.until(lambda: roomy.serving == [0, 1])
+    assert asked.cancelled()
+    assert overlaps == []
+    assert roomy.status.beside == (7,)
+    torch.testing.assert_close(scores(roomy), expected(1), atol=1e-4, rtol=0)
 
 
 async def test_what_cannot_be_kept(bench: Bench, roomy: Bench) -> None:
