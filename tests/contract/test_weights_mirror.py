@@ -19,6 +19,7 @@ from longshore.relay import mirror as mirror_module
 from longshore.rpc import convert
 from longshore.rpc.channel import channel
 from longshore.signing import SigningKey
+from longshore.types import JobRef
 from longshore.weight_store.keychain import sign_rotation
 from longshore.weight_store.version import sign_pointer
 from longshore.weights.client import News, PolicyVersion, WeightsClient
@@ -213,6 +214,77 @@ async def test_an_old_version_that_somebody_asks_for_is_pushed_to_nobody(world: 
     assert {version for version, _ in await following(news, 2)} == {2}
     assert world.site.faults == 0
     await news.aclose()  # type: ignore[attr-defined]
+
+
+async def test_an_old_version_that_somebody_asks_for_stays_until_it_is_read(world: World) -> None:
+    """It is none of the newest that the site keeps, and no pointer of the site names it yet."""
+    world.site._site._keep = 1
+    writer = world.home.client()
+    await world.link.stop()
+    await world.home.publish(writer, 0)
+    await world.point("pin/first", 0, 1)
+    await world.home.publish(writer, 1)
+    await world.link.start()
+    for version in (2, 3, 4):
+        await world.home.publish(writer, version)
+        await world.site.until_head(version)
+    assert 0 not in world.site.versions()
+    assert (await fetched(world.site.reader(), 0)).tensors == tuple(world.home.tensors(0))
+    for version in (5, 6):
+        await world.home.publish(writer, version)
+        await world.site.until_head(version)
+    assert 0 in world.site.versions()
+    news = world.site.reader().watch("pin/first")
+    await following(news, 0)
+    await news.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_pointer_to_an_old_version_is_followed_at_the_site(world: World) -> None:
+    world.site._site._keep = 1
+    writer = world.home.client()
+    await world.link.stop()
+    await world.home.publish(writer, 0)
+    await world.point("pin/first", 0, 1)
+    await world.home.publish(writer, 1)
+    await world.link.start()
+    for version in (2, 3):
+        await world.home.publish(writer, version)
+        await world.site.until_head(version)
+    assert 0 not in world.site.versions()
+    news = world.site.reader().watch("pin/first")
+    await following(news, 0)
+    assert 0 in world.site.versions()
+    await news.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_site_takes_nothing_from_its_callers_and_serves_one_job(world: World) -> None:
+    await world.home.publish(world.home.client(), 0)
+    await world.site.until_head(0)
+    job, rival = convert.job_to_proto(world.home.job), SigningKey.generate()
+    signed = sign_pointer(world.home.key, world.home.job, "serving", 0, 1, 2e10)
+    rotation = sign_rotation(world.home.key, world.home.job, rival.public_key, 1, 1.0)
+    other = convert.job_to_proto(JobRef(world.home.job.project, "another"))
+    async with channel(world.site.address) as opened:
+        stub = weights_pb2_grpc.WeightsServiceStub(opened)
+
+        async def publish() -> None:
+            await stub.Publish(world.parcel(1, 2**50, seed=1).messages(), timeout=WAIT_S)
+
+        for writing in (
+            stub.RegisterKey(weights_pb2.RegisterKeyRequest(job=other, public_key=rival.public_key, keep=1)),
+            stub.RegisterKey(weights_pb2.RegisterKeyRequest(job=job, public_key=world.home.key.public_key, keep=1)),
+            stub.RotateKey(weights_pb2.RotateKeyRequest(rotation=rotation)),
+            stub.SetPointer(weights_pb2.SetPointerRequest(pointer=signed)),
+            publish(),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match="from home alone"):
+                await writing
+        with pytest.raises(grpc.aio.AioRpcError, match="not of default/another"):
+            await stub.GetVersion(weights_pb2.GetVersionRequest(job=other, version=0, weight_set=1), timeout=WAIT_S)
+        with pytest.raises(grpc.aio.AioRpcError, match="not of default/another"):
+            await stub.Watch(weights_pb2.WatchRequest(job=other, pointer="channel/other"), timeout=WAIT_S).read()
+    assert world.site.versions() == [0]
+    assert "channel/other" not in world.site.mirror._followed
 
 
 async def test_a_rotation_of_keys_at_home_is_followed_at_once(world: World) -> None:

@@ -33,7 +33,7 @@ class MirroredSite:
         self._home = HomeWeights(home, job)
         objects = open_objects(str(folder / "mirror"))
         self.store = WeightStore(objects, copies=StoreCopies(16, 1 << 30), mirror=True)
-        self._servicer = WeightsServicer(self.store, str(objects.root))
+        self._servicer = WeightsServicer(self.store, str(objects.root), job)
         self._site = SiteWeights(self.store, self._servicer, job, public_key, keep=16)
         self.mirror = Mirror(self._home, self._site, self.link.append, self._fault)
         self._servicer.upstream = self.mirror

@@ -100,7 +100,7 @@ def _weights(settings: RelaySettings, job: JobFile, home: HomeWeights) -> _Weigh
     store = WeightStore(objects, copies=Copies(COPIES, settings.host_copies_mb * 1024 * 1024), mirror=True)
     upkeep = Upkeep(store)
     store.when_published(upkeep.wake)
-    servicer = WeightsServicer(store, str(objects.root) if objects.root else None)
+    servicer = WeightsServicer(store, str(objects.root) if objects.root else None, job.ref)
     labels = (job.project, job.job, settings.site)
     site = SiteWeights(store, servicer, job.ref, bytes.fromhex(job.learner_public_key), KEPT_VERSIONS)
     mirror = Mirror(home, site, metrics.WEIGHTS_LINK_UP.labels(*labels).set, metrics.WEIGHTS_FAULTS.labels(*labels).inc)

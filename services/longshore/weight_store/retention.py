@@ -78,6 +78,27 @@ def removable(
     return gone
 
 
+def asked_for(job: JobRef, listing: Sequence[StoredObject], now: float) -> set[VersionKey]:
+    """A mirror's versions that came within the grace time and after a newer one: somebody asked for them.
+
+    They stay until who asked has read them, or a pointer names them.
+    """
+    written: dict[VersionKey, float] = {}
+    for item in listing:
+        key = layout.version_of(job, item.path)
+        if key is not None and item.path.endswith("/manifest"):
+            written[key] = item.modified_at
+    found: set[VersionKey] = set()
+    # By weight set, of the versions that are newer than the one that is looked at.
+    earliest: dict[int, float] = {}
+    for key in sorted(written, reverse=True):
+        at = written[key]
+        if at > earliest.get(key.weight_set, at) and now - at <= GRACE_S:
+            found.add(key)
+        earliest[key.weight_set] = min(at, earliest.get(key.weight_set, at))
+    return found
+
+
 def wanted(encodings: Encodings, keep: int, named: Collection[int]) -> dict[int, set[bytes]]:
     """The versions of one weight set that stay, each with the SHA-256 of its encodings that do."""
     newest = sorted(encodings, reverse=True)

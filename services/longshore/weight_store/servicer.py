@@ -16,7 +16,7 @@ import grpc.aio
 import structlog
 
 from longshore.errors import Conflict, Fenced, IntegrityError, LongshoreError, NotFound, Rejected, Unavailable
-from longshore.proto.v1 import weights_pb2, weights_pb2_grpc
+from longshore.proto.v1 import job_pb2, weights_pb2, weights_pb2_grpc
 from longshore.rpc import convert
 from longshore.rpc.server import rpc_method, rpc_stream
 from longshore.types import JobRef
@@ -58,9 +58,14 @@ class Upstream(Protocol):
 class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     """WeightsService over one store."""
 
-    def __init__(self, store: WeightStore, spool_folder: str | None) -> None:
-        # Set by a relay, whose store is filled from home.
+    def __init__(self, store: WeightStore, spool_folder: str | None, mirrored: JobRef | None = None) -> None:
+        """
+        Args:
+            mirrored: the one job that a relay serves. Its store is filled from home, so that callers may only read.
+        """
+        # Set by a relay.
         self.upstream: Upstream | None = None
+        self._mirrored = mirrored
         self._store = store
         self._spool_folder = spool_folder
         self._hub = PointerHub()
@@ -75,6 +80,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     async def RegisterKey(  # noqa: N802 - the contract's name
         self, request: weights_pb2.RegisterKeyRequest, context: Context
     ) -> weights_pb2.RegisterKeyResponse:
+        self._check_writable()
         job = convert.job_from_proto(request.job)
         await asyncio.to_thread(self._store.register_key, job, request.public_key, request.keep)
         log.info("key registered", job=str(job), keep=request.keep)
@@ -84,6 +90,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     async def RotateKey(  # noqa: N802 - the contract's name
         self, request: weights_pb2.RotateKeyRequest, context: Context
     ) -> weights_pb2.RotateKeyResponse:
+        self._check_writable()
         await asyncio.to_thread(self._store.rotate_key, request.rotation)
         return weights_pb2.RotateKeyResponse()
 
@@ -91,13 +98,14 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     async def GetKeys(  # noqa: N802 - the contract's name
         self, request: weights_pb2.GetKeysRequest, context: Context
     ) -> weights_pb2.GetKeysResponse:
-        first, rotations = await asyncio.to_thread(self._store.keys, convert.job_from_proto(request.job))
+        first, rotations = await asyncio.to_thread(self._store.keys, self._job(request.job))
         return weights_pb2.GetKeysResponse(public_key=first, rotations=rotations)
 
     @rpc_method
     async def Publish(  # noqa: N802 - the contract's name
         self, requests: AsyncIterator[weights_pb2.PublishRequest], context: Context
     ) -> weights_pb2.PublishResponse:
+        self._check_writable()
         try:
             header = await _header(requests)
             existed = await self.take(header, _chunks(requests), heads=header.HasField("head"))
@@ -112,7 +120,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         self, request: weights_pb2.GetVersionRequest, context: Context
     ) -> weights_pb2.GetVersionResponse:
         key = VersionKey(request.weight_set, request.version)
-        job = convert.job_from_proto(request.job)
+        job = self._job(request.job)
         _check_have(request.have)
         try:
             manifest, encodings = await asyncio.to_thread(self._store.version, job, key)
@@ -129,7 +137,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     async def Fetch(  # noqa: N802 - the contract's name
         self, request: weights_pb2.FetchRequest, context: Context
     ) -> AsyncIterator[weights_pb2.FetchResponse]:
-        job = convert.job_from_proto(request.job)
+        job = self._job(request.job)
         path, size = await asyncio.to_thread(self._store.find, job, request.sha256)
         if request.offset > size:
             raise Rejected("offset", f"offset {request.offset} is past the end at {size}")
@@ -143,7 +151,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     async def Watch(  # noqa: N802 - the contract's name
         self, request: weights_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[weights_pb2.WatchResponse]:
-        job, name = convert.job_from_proto(request.job), request.pointer or HEAD
+        job, name = self._job(request.job), request.pointer or HEAD
         _check_have(request.have)
         if self.upstream is not None:
             self.upstream.follow(name)
@@ -159,6 +167,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     async def SetPointer(  # noqa: N802 - the contract's name
         self, request: weights_pb2.SetPointerRequest, context: Context
     ) -> weights_pb2.SetPointerResponse:
+        self._check_writable()
         await self.point(request.pointer)
         return weights_pb2.SetPointerResponse()
 
@@ -166,7 +175,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     async def ListVersions(  # noqa: N802 - the contract's name
         self, request: weights_pb2.ListVersionsRequest, context: Context
     ) -> weights_pb2.ListVersionsResponse:
-        job = convert.job_from_proto(request.job)
+        job = self._job(request.job)
         before = request.before if request.HasField("before") else None
         limit = min(request.limit or 100, 1000)
         numbers = await asyncio.to_thread(self._store.versions, job, request.weight_set, before, limit)
@@ -211,6 +220,18 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         self._settling.add(settling)
         settling.add_done_callback(self._settling.discard)
         return await asyncio.shield(settling)
+
+    def _job(self, told: job_pb2.JobRef) -> JobRef:
+        """The job that is asked for. Raises NotFound: a relay mirrors another."""
+        job = convert.job_from_proto(told)
+        if self._mirrored is not None and job != self._mirrored:
+            raise NotFound(f"this relay has the versions of {self._mirrored}, not of {job}")
+        return job
+
+    def _check_writable(self) -> None:
+        """Raises Rejected at a relay: what a caller wrote here, the mirror could never bring to what home has."""
+        if self._mirrored is not None:
+            raise Rejected("relay", "a relay takes keys, versions and pointers from home alone: send them there")
 
     def _end(self, admission: Admission, incoming: Incoming, *, published: bool) -> None:
         incoming.settle(published)

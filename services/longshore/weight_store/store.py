@@ -263,12 +263,16 @@ class WeightStore:
         root = layout.job_prefix(job)
         with self._books.changing(job) as catalog:
             now = self._clock()
+            listing = self._objects.list(root)
+            named = self._pointers.named(job)
+            if self._mirror:
+                named |= retention.asked_for(job, listing, now)
             gone = retention.removable(
                 job,
-                self._objects.list(root),
+                listing,
                 catalog.all(),
                 self._records.keep(job),
-                self._pointers.named(job),
+                named,
                 now,
                 lambda key: self._records.manifest(job, key).assets_sha256.hex(),
             )
