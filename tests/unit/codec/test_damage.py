@@ -1,5 +1,6 @@
 """Whatever a payload's bytes are: the right tensors or an IntegrityError, within bounds of memory and of time."""
 
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from codec_fuzz import attack, damaged, joined, outcome, parts, sample
 
 import hatch_build
 from longshore.errors import IntegrityError
-from longshore.weight_store.codec import delta, native, planes
+from longshore.weight_store.codec import choice, delta, frame, native, planes
 from longshore.weight_store.payload import Tensor, tensor_info
 
 ROOT = Path(hatch_build.__file__).parent
@@ -85,3 +86,17 @@ def test_what_is_left_over_is_named():
         delta.decode(planes.encode(new), base, infos)
     with pytest.raises(IntegrityError, match="tensor t1 does not match"):
         delta.decode(payload, base, [*infos[:1], tensor_info(base[1]), *infos[2:]])
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((64, 64), bytes(8)), ((0, 64), b""), ((0,), None)])
+def test_a_tensor_that_is_said_to_have_changed_and_of_which_nothing_is_coded_is_refused(
+    shape: tuple[int, ...], rows: bytes | None
+) -> None:
+    """It would be memory that nobody has filled, and that nothing verifies."""
+    size = 2 * math.prod(shape)
+    old, new = (Tensor("w", "bfloat16", shape, bytes([fill]) * size) for fill in (1, 2))
+    fields = [np.array([choice.SPARSE if rows is None else choice.SPARSE_ROWS], np.uint8)]
+    fields += [np.frombuffer(rows, np.uint8)] if rows else []
+    payload = frame.pack(delta._MAGIC, frame.layout_digest([old]), fields, [])
+    with pytest.raises(IntegrityError, match="has nothing of it"):
+        delta.decode(payload, [old], [tensor_info(new)])

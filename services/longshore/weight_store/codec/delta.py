@@ -151,6 +151,11 @@ def _read(payload: bytes | memoryview, infos: Sequence[TensorInfo]) -> _Contents
         if modes[index] == BLOCKS
     }
     fields.finish()
+    # What is verified is what was filled: a tensor of which nothing is coded would be neither.
+    coded = {part.cut.tensor for one in work for part in one.section} | stored.keys()
+    for index in np.flatnonzero(modes != SAME).tolist():
+        if index not in coded:
+            raise IntegrityError(f"tensor {infos[index].name}: the payload says that it changed and has nothing of it")
     return _Contents(modes, work, stored)
 
 
@@ -159,6 +164,8 @@ def _read_cut(fields: frame.Fields, index: int, info: TensorInfo, mode: int) -> 
     if mode in (SAME, BLOCKS):
         return None
     rows, width = rows_of(info.shape)
+    if not info.num_bytes:
+        raise IntegrityError(f"tensor {info.name}: the payload says that it changed and has nothing of it")
     if mode == SPARSE:
         return cut(index, rows * width, None)
     if mode == SPARSE_ROWS:
