@@ -76,8 +76,9 @@ def fit(elements: Counts, changed: Counts, excess: Counts) -> Model:
             continue
         labels = _refined(n, k, np.clip(labels, -(MAX_CLASSES // 2), MAX_CLASSES // 2 - 1))
         cost = _cost(n, k, labels)
-        if cost < least:
-            best, least = labels, cost
+        if cost >= least:
+            break
+        best, least = labels, cost
     classes = np.full(len(total), UNCHANGED, np.uint8)
     classes[moved] = best
     sums = [_sums(table[moved], best).astype(np.int64) for table in (elements, changed, excess)]

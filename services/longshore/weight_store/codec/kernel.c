@@ -285,6 +285,7 @@ INLINE void fill_tile(contexts *c, const course *way, const uint8_t *a, uint8_t 
     uint16_t before[BLOCKS];
     load_tile(&own, a, size, f);
     for (int slot = 0; slot < way->commons; slot++) {
+        if (slot < PARTS) prefetch(a + (BLOCKS * BLOCK + slot * PART) * f.width, PART * f.width);
         uint32_t exponent = way->common[slot];
         int64_t n = count(&own, exponent), until = c->until[exponent];
         if (until >= n) {

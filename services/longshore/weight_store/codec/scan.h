@@ -83,8 +83,14 @@ INLINE void scan_tile(scanner *s, table *t, const tile *own, const uint8_t *a, c
             record(s->events++, t, seen, old, new, e, 1u << (8 * f.width - 1));
         }
     }
-    for (int k = 0; k < s->commons; k++)
+    for (int k = 0; k < s->commons; k++) {
+        /* While this tile is counted, a part of the next one is fetched; past the end that does no harm. */
+        if (k < PARTS) {
+            prefetch(a + (BLOCKS * BLOCK + k * PART) * f.width, PART * f.width);
+            prefetch(b + (BLOCKS * BLOCK + k * PART) * f.width, PART * f.width);
+        }
         if (!s->row[s->common[k]]) t->elements[s->common[k]] += count(own, s->common[k]);
+    }
     for (int j = 0; j < own->blocks; j++) {
         uint64_t rare = ~within(own->block[j], s->tiers.low, s->tiers.high) & valid(own, j);
         if (s->tiers.zeros) rare &= ~equal(own->block[j], 0);

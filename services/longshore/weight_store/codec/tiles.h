@@ -34,6 +34,13 @@ INLINE tiers tiers_of(const uint8_t *a, int64_t n, format f) {
 
 /* ---- tiles ---- */
 
+/* A tile comes into the cache part by part, so that the processor need not wait for any. */
+enum { PARTS = 8, PART = BLOCKS * BLOCK / PARTS };
+
+INLINE void prefetch(const uint8_t *p, int size) {
+    for (int i = 0; i < size; i += 64) __builtin_prefetch(p + i);
+}
+
 typedef struct {
     exponents block[BLOCKS];
     uint64_t last; /* the last block's elements */
