@@ -79,6 +79,14 @@ INLINE uint32_t count(const tile *t, uint32_t exponent) {
 /* The same; before[j]: how many are in blocks before the j-th. */
 INLINE uint32_t count_before(const tile *t, uint32_t exponent, uint16_t before[BLOCKS]) {
     uint32_t n = 0;
+    if (t->full) {
+#pragma GCC unroll 16
+        for (int j = 0; j < BLOCKS; j++) {
+            before[j] = (uint16_t)n;
+            n += (uint32_t)__builtin_popcountll(equal(t->block[j], exponent));
+        }
+        return n;
+    }
     for (int j = 0; j < t->blocks; j++) {
         before[j] = (uint16_t)n;
         n += (uint32_t)__builtin_popcountll(equal(t->block[j], exponent) & valid(t, j));
