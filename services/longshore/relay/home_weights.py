@@ -19,7 +19,7 @@ from longshore.weight_store.decoding import CODECS
 from longshore.weights.client import translated
 
 CALL_S = 30.0
-# A stream of bytes that stands still for this long is taken for broken.
+# For one stream of bytes, however many come; what is left is asked for by another.
 FETCH_S = 600.0
 # Versions that home is told of; a path may start from any.
 MAX_HAVE = 64

@@ -68,6 +68,12 @@ def tensor_info(tensor: Tensor) -> TensorInfo:
     return TensorInfo(tensor.name, tensor.dtype, tensor.shape, blake3.blake3(tensor.data).digest())
 
 
+def layout_digest(tensors: Sequence[Tensor | TensorInfo]) -> bytes:
+    """SHA-256 over order, names, dtypes and shapes, as compact JSON: equal where a delta is possible."""
+    rows = [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in tensors]
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).digest()
+
+
 def max_payload_bytes(infos: Sequence[TensorInfo]) -> int:
     """The most bytes that any encoding of these tensors can have: a codec may add 2 % to what it cannot compress."""
     raw = sum(info.num_bytes for info in infos)

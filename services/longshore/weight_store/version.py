@@ -7,7 +7,6 @@ the learner's public key. Knows protobuf and signatures, not how bytes travel or
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from longshore.errors import IntegrityError, Rejected
 from longshore.proto.v1 import weights_pb2
 from longshore.rpc import convert
 from longshore.types import JobRef
-from longshore.weight_store.payload import DTYPES, Tensor, TensorInfo, tensor_info
+from longshore.weight_store.payload import DTYPES, Tensor, TensorInfo, layout_digest, tensor_info
 
 HEAD = "head"
 _SCHEMA_VERSION = 1
@@ -91,12 +90,6 @@ def checksum_of(tensors: Sequence[Tensor]) -> str:
 def combined_checksum(infos: Sequence[TensorInfo]) -> str:
     """Hex SHA-256 over the tensors' checksums in order."""
     return hashlib.sha256(b"".join(info.blake3 for info in infos)).hexdigest()
-
-
-def layout_digest(infos: Sequence[TensorInfo]) -> bytes:
-    """SHA-256 over order, names, dtypes and shapes, as compact JSON."""
-    rows = [[info.name, info.dtype, list(info.shape)] for info in infos]
-    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).digest()
 
 
 def build_manifest(

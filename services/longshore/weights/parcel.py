@@ -77,7 +77,7 @@ def pack(
 
 
 def _encoded(tensors: Sequence[Tensor], base: Base | None) -> tuple[weights_pb2.Encoding, list[bytes]]:
-    if base is not None and [_layout(item) for item in base.tensors] == [_layout(item) for item in tensors]:
+    if base is not None and payload.layout_digest(base.tensors) == payload.layout_digest(tensors):
         # Late, because it needs NumPy.
         from longshore.weight_store.codec import delta
 
@@ -94,7 +94,3 @@ def _encoded(tensors: Sequence[Tensor], base: Base | None) -> tuple[weights_pb2.
     encoding.sha256 = whole.digest()
     encoding.size = sum(len(part) for part in parts)
     return encoding, parts
-
-
-def _layout(tensor: Tensor) -> tuple[str, str, tuple[int, ...]]:
-    return tensor.name, tensor.dtype, tensor.shape

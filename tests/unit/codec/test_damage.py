@@ -14,7 +14,7 @@ from codec_fuzz import attack, damaged, joined, outcome, parts, sample
 import hatch_build
 from longshore.errors import IntegrityError
 from longshore.weight_store.codec import choice, delta, frame, native, planes
-from longshore.weight_store.payload import Tensor, tensor_info
+from longshore.weight_store.payload import Tensor, layout_digest, tensor_info
 
 ROOT = Path(hatch_build.__file__).parent
 
@@ -97,6 +97,6 @@ def test_a_tensor_that_is_said_to_have_changed_and_of_which_nothing_is_coded_is_
     old, new = (Tensor("w", "bfloat16", shape, bytes([fill]) * size) for fill in (1, 2))
     fields = [np.array([choice.SPARSE if rows is None else choice.SPARSE_ROWS], np.uint8)]
     fields += [np.frombuffer(rows, np.uint8)] if rows else []
-    payload = frame.pack(delta._MAGIC, frame.layout_digest([old]), fields, [])
+    payload = frame.pack(delta._MAGIC, layout_digest([old]), fields, [])
     with pytest.raises(IntegrityError, match="has nothing of it"):
         delta.decode(payload, [old], [tensor_info(new)])

@@ -20,7 +20,7 @@ from longshore.weight_store.codec.choice import BLOCKS, SAME, SPARSE, SPARSE_ROW
 from longshore.weight_store.codec.codes import Model
 from longshore.weight_store.codec.kernel import FORMATS, Bytes, Format, Kernel
 from longshore.weight_store.codec.plan import Cut, Section, Sectioner, cut, rows_of
-from longshore.weight_store.payload import Tensor, TensorInfo
+from longshore.weight_store.payload import Tensor, TensorInfo, layout_digest
 
 CODEC = "longshore-delta/1"
 
@@ -35,8 +35,8 @@ def encode(base: Sequence[Tensor], new: Sequence[Tensor], threads: int = 1, *, k
     Raises:
         ValueError: the two differ in order, names, dtypes or shapes, or bytes do not fit a shape.
     """
-    layout = frame.layout_digest(new)
-    if frame.layout_digest(base) != layout:
+    layout = layout_digest(new)
+    if layout_digest(base) != layout:
         raise ValueError("base and new tensors differ in order, names, dtypes or shapes: publish a full encoding")
     own = kernel or kernels.best()
     old_bytes, new_bytes = (list(map(frame.bytes_of, tensors)) for tensors in (base, new))
@@ -84,7 +84,7 @@ def decode(
         IntegrityError: naming the first thing that is wrong.
         ValueError: base has another layout than `infos`, or its bytes do not fit a shape.
     """
-    if frame.layout_digest(base) != frame.layout_digest(infos):
+    if layout_digest(base) != layout_digest(infos):
         raise ValueError("base tensors and infos differ in order, names, dtypes or shapes")
     own = kernel or kernels.best()
     contents = _read(payload, infos)

@@ -7,8 +7,6 @@ The header, unpacked, is a sequence of fields that each encoding defines; among 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, cast
@@ -20,18 +18,12 @@ import zstandard
 
 from longshore.errors import IntegrityError
 from longshore.weight_store.codec.kernel import Bytes
-from longshore.weight_store.payload import Tensor, TensorInfo, num_bytes
+from longshore.weight_store.payload import Tensor, TensorInfo, layout_digest, num_bytes
 
 _START = 40
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-def layout_digest(tensors: Sequence[Tensor | TensorInfo]) -> bytes:
-    """SHA-256 over order, names, dtypes and shapes, as compact JSON: the manifest's own."""
-    rows = [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in tensors]
-    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).digest()
 
 
 def bytes_of(tensor: Tensor) -> Bytes:

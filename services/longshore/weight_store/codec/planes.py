@@ -8,7 +8,7 @@ import numpy as np
 
 from longshore.weight_store.codec import blocks, frame
 from longshore.weight_store.codec.kernel import FORMATS
-from longshore.weight_store.payload import Tensor, TensorInfo
+from longshore.weight_store.payload import Tensor, TensorInfo, layout_digest
 
 CODEC = "longshore-planes/1"
 
@@ -24,7 +24,7 @@ def encode(tensors: Sequence[Tensor], threads: int = 1) -> bytes:
     )
     every = [block for own in made for block in own]
     fields = [field for block in every for field in block.fields()]
-    return frame.pack(_MAGIC, frame.layout_digest(tensors), fields, [part for block in every for part in block.parts])
+    return frame.pack(_MAGIC, layout_digest(tensors), fields, [part for block in every for part in block.parts])
 
 
 def decode(
