@@ -14,6 +14,7 @@ from sqlalchemy import Connection, event
 from longshore.client import ApiClient
 from longshore.errors import Conflict, Unavailable
 from longshore.gateway import driver
+from longshore.gateway.database import Database
 from longshore.gateway.states import JobState
 from longshore.gateway.store import Job, JobStore
 from longshore.launcher.spec import ProcessState, UnitState, UnitStatus
@@ -107,7 +108,7 @@ async def test_a_full_disk_under_the_database_is_waited_for(
     job_id = await bench.running()
     most_pages = 1
 
-    @event.listens_for(bench.store._engine.sync_engine, "begin")
+    @event.listens_for(bench.database._engine.sync_engine, "begin")
     def limit(connection: Connection) -> None:
         # SQLite says of a database that may not grow what it says of one whose disk is full.
         connection.exec_driver_sql(f"PRAGMA max_page_count={most_pages}")
@@ -219,7 +220,7 @@ async def test_jobs_of_an_earlier_stack_can_be_left_alone(bench: GatewayBench) -
 
 
 async def old_job(bench: GatewayBench, job_id: str) -> Job:
-    store = JobStore(f"sqlite+aiosqlite:///{bench.folder / 'jobs.db'}")
-    job = await store.get(job_id)
-    await store.close()
+    database = Database(f"sqlite+aiosqlite:///{bench.folder / 'jobs.db'}")
+    job = await JobStore(database).get(job_id)
+    await database.close()
     return job

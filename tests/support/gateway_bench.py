@@ -17,6 +17,7 @@ from longshore.config import JobSpec, parse_job
 from longshore.errors import Conflict, Fault, InvalidJobSpec
 from longshore.gateway.app import Api
 from longshore.gateway.books import Books
+from longshore.gateway.database import Database
 from longshore.gateway.driver import Parts
 from longshore.gateway.http_server import serve_http
 from longshore.gateway.jobs import Jobs
@@ -99,8 +100,9 @@ class GatewayBench:
     async def start(self) -> None:
         self._stop = asyncio.Event()
         self.books = Books(self.redis, self.folder / "runs")
-        self.store = JobStore(f"sqlite+aiosqlite:///{self.folder / 'jobs.db'}")
-        await self.store.open()
+        self.database = Database(f"sqlite+aiosqlite:///{self.folder / 'jobs.db'}")
+        await self.database.open()
+        self.store = JobStore(self.database)
         api = Api(Jobs(self.store, self._check, self._rotate), self.books, self.folder / "runs", KEY, self._stop)
         self._reconciling = asyncio.create_task(Reconciler(self._parts(), self.jobs_since).run(self._stop))
         listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -115,7 +117,7 @@ class GatewayBench:
     async def stop(self) -> None:
         self._stop.set()
         await asyncio.gather(self._serving, self._reconciling)
-        await self.store.close()
+        await self.database.close()
 
     def _check(self, document: object) -> JobSpec:
         """As tasks.check does, with the faults that a test wants found."""

@@ -11,7 +11,7 @@ import structlog
 from longshore.config import JobSpec
 from longshore.errors import Conflict, Unavailable
 from longshore.gateway.states import JobState
-from longshore.gateway.store import Job, JobStore
+from longshore.gateway.store import Job, JobStore, NewJob
 
 log = structlog.get_logger()
 
@@ -88,6 +88,6 @@ class Jobs:
         while True:
             job_id = f"{spec.name}-{secrets.token_hex(3)}"
             try:
-                return await self.store.create(job_id, spec.project, spec.name, document)
+                return await self.store.create(NewJob(job_id, spec.project, spec.name, document))
             except Conflict:
                 log.warning("job id taken", job=job_id)

@@ -12,6 +12,7 @@ from longshore.errors import ConfigError
 from longshore.gateway.app import Api
 from longshore.gateway.books import Books
 from longshore.gateway.config import GatewaySettings
+from longshore.gateway.database import Database
 from longshore.gateway.driver import Parts
 from longshore.gateway.http_server import serve_http
 from longshore.gateway.jobs import Jobs, Rotate
@@ -37,9 +38,10 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
     """Serves the API and drives jobs until `stop` is set; jobs go on without it."""
     api_key = await asyncio.to_thread(_read_key, settings)
     async with contextlib.AsyncExitStack() as resources:
-        store = JobStore(settings.database_url)
-        resources.push_async_callback(store.close)
-        await store.open()
+        database = Database(settings.database_url)
+        resources.push_async_callback(database.close)
+        await database.open()
+        store = JobStore(database)
         client = broker.connect(settings.broker_url)
         resources.push_async_callback(client.aclose)
         books = Books(client, settings.runs_dir)

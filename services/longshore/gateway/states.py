@@ -8,11 +8,14 @@ Body = dict[str, object]
 
 
 class JobState(enum.Enum):
-    """queued -> starting -> running -> (cancelling) -> succeeded | failed | cancelled"""
+    """queued -> starting -> running -> (cancelling) -> succeeded | failed | cancelled; pausing -> paused -> queued"""
 
     QUEUED = "queued"
     STARTING = "starting"
     RUNNING = "running"
+    # Its processes are being stopped; a later resume goes on from its newest checkpoint.
+    PAUSING = "pausing"
+    PAUSED = "paused"
     CANCELLING = "cancelling"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -22,12 +25,24 @@ class JobState(enum.Enum):
     def ended(self) -> bool:
         return not MOVES[self]
 
+    @property
+    def active(self) -> bool:
+        """Whether something has to be done about the job."""
+        return not self.ended and self is not JobState.PAUSED
 
-# From -> to. A short job may succeed before all of its processes were seen ready, and a cancel may come too late.
+
+# From -> to. A short job may succeed before all of its processes were seen ready, and a cancel or a pause may come too
+# late: then the job has ended as it has.
 MOVES: dict[JobState, frozenset[JobState]] = {
-    JobState.QUEUED: frozenset({JobState.STARTING, JobState.CANCELLING, JobState.FAILED}),
-    JobState.STARTING: frozenset({JobState.RUNNING, JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}),
-    JobState.RUNNING: frozenset({JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.QUEUED: frozenset({JobState.STARTING, JobState.PAUSING, JobState.CANCELLING, JobState.FAILED}),
+    JobState.STARTING: frozenset(
+        {JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}
+    ),
+    JobState.RUNNING: frozenset(
+        {JobState.PAUSING, JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
+    ),
+    JobState.PAUSING: frozenset({JobState.PAUSED, JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}),
+    JobState.PAUSED: frozenset({JobState.QUEUED, JobState.CANCELLING}),
     JobState.CANCELLING: frozenset({JobState.CANCELLED, JobState.SUCCEEDED, JobState.FAILED}),
     JobState.SUCCEEDED: frozenset(),
     JobState.FAILED: frozenset(),

@@ -6,71 +6,66 @@ Knows nothing of HTTP, of the broker or of processes. One transaction a call; no
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import JSON, Float, ForeignKey, Index, MetaData, String, Text, delete, event, insert, select, update
-from sqlalchemy.exc import IntegrityError, OperationalError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.schema import Column, Table
-from sqlalchemy.types import BigInteger, Integer
+from sqlalchemy import Select, delete, insert, select, tuple_, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from longshore.errors import Conflict, NotFound, Unavailable
-from longshore.gateway import metrics
+from longshore.errors import Conflict, NotFound
+from longshore.gateway import metrics, tables
+from longshore.gateway.database import Database
 from longshore.gateway.states import Body, JobState, progress_after, sources_of
 
 # Of each type, state moves excepted; metrics.jsonl in the job's folder has every step.
 MAX_EVENTS = 2000
 
-_metadata = MetaData()
-_jobs = Table(
-    "jobs",
-    _metadata,
-    Column("id", String(64), primary_key=True),
-    Column("project", String(64), nullable=False),
-    Column("name", String(64), nullable=False),
-    Column("state", String(16), nullable=False, index=True),
-    Column("spec", JSON, nullable=False),
-    Column("error", Text, nullable=False, default=""),
-    # Unix seconds.
-    Column("created_at", Float, nullable=False),
-    Column("updated_at", Float, nullable=False),
-    Column("progress", JSON, nullable=False),
-    # Id of the newest broker event that was stored.
-    Column("cursor", String(64), nullable=False),
-)
-_events = Table(
-    "job_events",
-    _metadata,
-    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
-    Column("job", String(64), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
-    Column("time", Float, nullable=False),
-    Column("type", String(32), nullable=False),
-    Column("body", JSON, nullable=False),
-    Index("job_events_by_job", "job", "id"),
-    Index("job_events_by_type", "job", "type", "id"),
-    # Ids are never used twice, even after the newest were deleted: they are the stream's Last-Event-ID.
-    sqlite_autoincrement=True,
-)
+_jobs, _events = tables.jobs, tables.job_events
+# What a listing shows: everything but the spec, which is most of a row.
+_LISTED = [column for column in _jobs.c if column.name not in ("spec", "request_sha256")]
+_WHOLE = [column for column in _jobs.c if column.name != "request_sha256"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job as it is stored; times in Unix seconds."""
+    """One job as it is stored; times in Unix seconds. `spec` is None in listings."""
 
     id: str
     project: str
     name: str
     state: JobState
-    spec: Body
     error: str
     created_at: float
     updated_at: float
     progress: Body
     cursor: str
+    revision: int
+    queued_at: float
+    generators: int
+    gpus: int
+    parent_job: str | None
+    parent_version: int | None
+    idempotency_key: str | None
+    spec: Body | None = None
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """What is told of a job when it is queued; see `tables.jobs`."""
+
+    id: str
+    project: str
+    name: str
+    spec: Body
+    generators: int = 1
+    gpus: int = 0
+    parent_job: str | None = None
+    parent_version: int | None = None
+    idempotency_key: str | None = None
+    request_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,65 +79,75 @@ class Event:
 
 
 class JobStore:
-    """The job database. Open it before use, close it after. Every method raises Unavailable while it cannot be used."""
+    """The jobs of one database. Every method raises Unavailable while the database cannot be used."""
 
-    def __init__(self, url: str) -> None:
-        self._engine: AsyncEngine = create_async_engine(url)
-        if self._engine.dialect.name == "sqlite":
-            event.listen(self._engine.sync_engine, "connect", _prepare_sqlite)
+    def __init__(self, database: Database) -> None:
+        self._database = database
         self._changed = asyncio.Event()
 
-    async def open(self) -> None:
-        """Makes the tables that are missing."""
-        async with self._engine.begin() as connection:
-            await connection.run_sync(_metadata.create_all)
-
-    async def close(self) -> None:
-        await self._engine.dispose()
-
-    @contextlib.asynccontextmanager
-    async def _connected(self) -> AsyncIterator[AsyncConnection]:
-        """One transaction. Raises Unavailable while the database cannot be used: its disk is full, it is away."""
-        try:
-            async with self._engine.begin() as connection:
-                yield connection
-        except OperationalError as error:
-            raise Unavailable(f"the job database cannot be used: {error.orig}") from None
-
-    async def create(self, job_id: str, project: str, name: str, spec: Body) -> Job:
-        """Stores a queued job. Raises Conflict when the id is taken."""
+    async def create(self, new: NewJob) -> Job:
+        """Stores a queued job. Raises Conflict: its id, or its idempotency key in its project, is taken."""
         now = time.time()
-        row = {"id": job_id, "project": project, "name": name, "state": JobState.QUEUED.value, "spec": spec}
-        times = {"created_at": now, "updated_at": now}
+        row = {**vars(new), "state": JobState.QUEUED.value, "created_at": now, "updated_at": now, "queued_at": now}
         try:
-            async with self._connected() as connection:
-                await connection.execute(insert(_jobs).values(**row, **times, error="", progress={}, cursor="0"))
-                await _add_state_event(connection, job_id, JobState.QUEUED, "", now)
+            async with self._database.connected() as connection:
+                await connection.execute(insert(_jobs).values(**row, error="", progress={}, cursor="0"))
+                await _add_state_event(connection, new.id, JobState.QUEUED, "", now)
         except IntegrityError:
-            raise Conflict(f"there is a job {job_id} already") from None
+            raise Conflict(f"there is a job {new.id} already, or one of the same idempotency key") from None
         self._notify()
-        return await self.get(job_id)
+        return await self.get(new.id)
 
-    async def get(self, job_id: str) -> Job:
-        """Raises NotFound."""
-        async with self._connected() as connection:
-            row = (await connection.execute(select(_jobs).where(_jobs.c.id == job_id))).mappings().first()
+    async def submitted(self, project: str, idempotency_key: str) -> tuple[Job, str | None] | None:
+        """The job that was submitted under a key, and the SHA-256 of what was sent; None while there is none."""
+        query = select(*_WHOLE, _jobs.c.request_sha256).where(
+            _jobs.c.project == project, _jobs.c.idempotency_key == idempotency_key
+        )
+        async with self._database.connected() as connection:
+            row = (await connection.execute(query)).mappings().first()
         if row is None:
+            return None
+        return _job({name: value for name, value in row.items() if name != "request_sha256"}), row["request_sha256"]
+
+    async def get(self, job_id: str, project: str | None = None) -> Job:
+        """A job, with `project` only if it is that project's. Raises NotFound."""
+        query = select(*_WHOLE).where(_jobs.c.id == job_id)
+        if project is not None:
+            query = query.where(_jobs.c.project == project)
+        async with self._database.connected() as connection:
+            row = (await connection.execute(query)).mappings().first()
+        if row is None:
+            # The same words for a job that is another project's: nobody is told that it is there.
             raise NotFound(f"there is no job {job_id}")
         return _job(row)
 
-    async def newest(self, limit: int) -> list[Job]:
-        """The newest jobs, newest first."""
-        query = select(_jobs).order_by(_jobs.c.created_at.desc(), _jobs.c.id).limit(limit)
-        async with self._connected() as connection:
-            return [_job(row) for row in (await connection.execute(query)).mappings()]
+    async def newest(
+        self,
+        limit: int,
+        project: str | None = None,
+        state: JobState | None = None,
+        before: tuple[float, str] | None = None,
+    ) -> list[Job]:
+        """Jobs, newest first, without their specs.
+
+        Args:
+            project: only this project's.
+            state: only those in this state.
+            before: (created_at, id) of the last job of the page before.
+        """
+        query: Select[Any] = select(*_LISTED).order_by(_jobs.c.created_at.desc(), _jobs.c.id.desc()).limit(limit)
+        if project is not None:
+            query = query.where(_jobs.c.project == project)
+        if state is not None:
+            query = query.where(_jobs.c.state == state.value)
+        if before is not None:
+            query = query.where(tuple_(_jobs.c.created_at, _jobs.c.id) < before)
+        return await self._listed(query)
 
     async def unfinished(self) -> list[Job]:
-        """Every job that has not ended, oldest first."""
+        """Every job that has not ended, oldest first, without specs."""
         states = [state.value for state in JobState if not state.ended]
-        query = select(_jobs).where(_jobs.c.state.in_(states)).order_by(_jobs.c.created_at)
-        async with self._connected() as connection:
-            return [_job(row) for row in (await connection.execute(query)).mappings()]
+        return await self._listed(select(*_LISTED).where(_jobs.c.state.in_(states)).order_by(_jobs.c.created_at))
 
     async def move(self, job_id: str, target: JobState, message: str = "") -> Job:
         """Moves a job to a state and says so in an event.
@@ -153,10 +158,12 @@ class JobStore:
         """
         now = time.time()
         sources = [state.value for state in sources_of(target)]
-        values: dict[str, object] = {"state": target.value, "updated_at": now}
+        values: dict[str, object] = {"state": target.value, "updated_at": now, "revision": _jobs.c.revision + 1}
         if target is JobState.FAILED:
             values["error"] = message
-        async with self._connected() as connection:
+        if target is JobState.QUEUED:
+            values["queued_at"] = now
+        async with self._database.connected() as connection:
             # The write comes first, and tests the state itself: two writers cannot both pass.
             moved = await connection.execute(
                 update(_jobs).where(_jobs.c.id == job_id, _jobs.c.state.in_(sources)).values(**values)
@@ -176,10 +183,10 @@ class JobStore:
         progress = job.progress
         for kind, body in events:
             progress = progress_after(progress, kind, body)
-        cursor = job.cursor if cursor is None else cursor
-        async with self._connected() as connection:
+        values = {"progress": progress, "cursor": job.cursor if cursor is None else cursor, "updated_at": now}
+        async with self._database.connected() as connection:
             await connection.execute(
-                update(_jobs).where(_jobs.c.id == job.id).values(progress=progress, cursor=cursor, updated_at=now)
+                update(_jobs).where(_jobs.c.id == job.id).values(**values, revision=_jobs.c.revision + 1)
             )
             if events:
                 rows = [{"job": job.id, "time": now, "type": kind, "body": body} for kind, body in events]
@@ -194,7 +201,7 @@ class JobStore:
     async def events(self, job_id: str, after: int, limit: int) -> list[Event]:
         """Events of a job after an event id, oldest first."""
         query = select(_events).where(_events.c.job == job_id, _events.c.id > after).order_by(_events.c.id)
-        async with self._connected() as connection:
+        async with self._database.connected() as connection:
             rows = (await connection.execute(query.limit(limit))).mappings()
             return [Event(row["id"], row["time"], row["type"], row["body"]) for row in rows]
 
@@ -206,6 +213,10 @@ class JobStore:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
+    async def _listed(self, query: Select[Any]) -> list[Job]:
+        async with self._database.connected() as connection:
+            return [_job(row) for row in (await connection.execute(query)).mappings()]
+
 
 async def wait_for_any(*events: asyncio.Event, timeout: float | None) -> None:
     """Waits until one of the events is set, or for `timeout` seconds."""
@@ -215,14 +226,6 @@ async def wait_for_any(*events: asyncio.Event, timeout: float | None) -> None:
     finally:
         for wait in waits:
             wait.cancel()
-
-
-def _prepare_sqlite(connection: Any, record: object) -> None:
-    with contextlib.closing(connection.cursor()) as cursor:
-        # Readers go on while one writes; a second writer waits.
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA busy_timeout=10000")
-        cursor.execute("PRAGMA foreign_keys=ON")
 
 
 async def _add_state_event(connection: AsyncConnection, job_id: str, state: JobState, message: str, now: float) -> None:
