@@ -15,6 +15,7 @@ from engine_rig import (
     PausedAtFirstEvent,
     Rig,
     assert_matches,
+    proof_of,
     takes_requests,
 )
 from tiny_llama import named_tensors, tiny_model
@@ -58,7 +59,7 @@ def test_pinned_requests_go_on_across_swaps_with_their_versions_logprobs(rig: Ri
     rig.submit("pinned", (1, 2), tokens=LONG, version=(1, 1))
     rig.submit("free", (2, 1), tokens=LONG)
     with PausedAtFirstEvent(rig, "pinned"):
-        rig.engine.stage(2, named_tensors(models[2]))
+        rig.stage(models[2], 2)
         swapped = rig.engine.swap()
     # Nothing holds it.
     swapped.result(WAIT_S)
@@ -80,13 +81,13 @@ def test_pinned_requests_go_on_across_swaps_with_their_versions_logprobs(rig: Ri
 def test_a_pinned_request_outlives_several_swaps(rig: Rig, models: Models) -> None:
     rig.submit("pinned", (1, 2), tokens=LONG, version=(1, 1))
     with PausedAtFirstEvent(rig, "pinned"):
-        rig.engine.stage(2, named_tensors(models[2]))
+        rig.stage(models[2], 2)
         first = rig.engine.swap()
         # Comes after the first in the engine's inbox only if it is called when the first is done.
         seconds: list[object] = []
 
         def again(_: object) -> None:
-            rig.engine.stage(3, named_tensors(models[3]))
+            rig.stage(models[3], 3)
             seconds.append(rig.engine.swap())
 
         first.add_done_callback(again)
@@ -161,7 +162,7 @@ def test_a_kept_version_that_becomes_the_served_one(rig: Rig, models: Models) ->
     rig.submit("early", (1, 2), tokens=LONG, version=(2, 2))
     rig.submit("old", (1, 2), tokens=LONG, version=(1, 1))
     with PausedAtFirstEvent(rig, "early"):
-        rig.engine.stage(2, named_tensors(models[2]))
+        rig.stage(models[2], 2)
         swapped = rig.engine.swap()
     swapped.result(WAIT_S)
     assert beside(rig) == (1,)
@@ -195,7 +196,7 @@ def test_a_version_in_use_is_not_pushed_out(rig: Rig, models: Models) -> None:
     rig.keep(models[2], 2)
     rig.submit("two", (1, 2), tokens=LONG, version=(2, 2))
     with PausedAtFirstEvent(rig, "two"):
-        rig.engine.stage(3, named_tensors(models[3]))
+        rig.stage(models[3], 3)
         kept = rig.engine.keep()
     with pytest.raises(Unavailable, match="no room for version 3"):
         kept.result(WAIT_S)
@@ -209,7 +210,7 @@ def test_a_kept_version_that_nobody_uses_does_not_hold_a_swap(rig: Rig, models: 
     rig.keep(models[2], 2)
     rig.submit("pinned", (1, 2), tokens=LONG, version=(1, 1))
     with PausedAtFirstEvent(rig, "pinned"):
-        rig.engine.stage(3, named_tensors(models[3]))
+        rig.stage(models[3], 3)
         swapped = rig.engine.swap()
     swapped.result(WAIT_S)
     assert beside(rig) == (1,)
@@ -222,7 +223,7 @@ def test_without_room_a_pinned_request_holds_the_swap(rig: Rig, models: Models) 
     rig.submit("two", (1, 2), tokens=LONG, version=(2, 2))
     rig.submit("one", (1, 2), tokens=LONG, version=(1, 1))
     with PausedAtFirstEvent(rig, "two"):
-        rig.engine.stage(3, named_tensors(models[3]))
+        rig.stage(models[3], 3)
         swapped = rig.engine.swap()
     one, two = rig.wait("one", "two")
     swapped.result(WAIT_S)
@@ -234,7 +235,7 @@ def test_without_room_a_pinned_request_holds_the_swap(rig: Rig, models: Models) 
 def test_closing_fails_a_version_that_is_being_kept(rig: Rig, models: Models) -> None:
     rig.submit("r", (1,), tokens=LONG)
     with PausedAtFirstEvent(rig, "r"):
-        rig.engine.stage(2, named_tensors(models[2]))
+        rig.stage(models[2], 2)
         kept = rig.engine.keep()
         closer = threading.Thread(target=rig.engine.close)
         closer.start()
@@ -242,7 +243,7 @@ def test_closing_fails_a_version_that_is_being_kept(rig: Rig, models: Models) ->
     closer.join(WAIT_S)
     with pytest.raises(Unavailable):
         kept.result(WAIT_S)
-    rig.engine.stage(2, named_tensors(models[2]))
+    rig.stage(models[2], 2)
     with pytest.raises(Unavailable):
         rig.engine.keep()
 
@@ -251,14 +252,14 @@ def test_matrices_of_what_did_not_change_are_one_in_memory(make: Callable[..., E
     """As far as an engine reuses them, a version beside costs what changed; and what changed shows."""
     rig = Rig(make, models[1], residents=2)
     tensors = named_tensors(models[1])
-    rig.engine.stage(1, tensors)
+    rig.engine.stage(1, tensors, proof_of(models[1]))
     rig.engine.swap().result(WAIT_S)
     name = "model.layers.1.mlp.up_proj.weight"
     changed = {**tensors, name: named_tensors(models[2])[name]}
-    rig.engine.stage(2, changed)
-    rig.engine.keep().result(WAIT_S)
     mixed = tiny_model(seed=10)
     mixed.load_state_dict({**mixed.state_dict(), name: changed[name]})
+    rig.engine.stage(2, changed, proof_of(mixed))
+    rig.engine.keep().result(WAIT_S)
     assert_matches(rig.reply("new", version=(2, 2)), mixed, PROMPT)
     assert_matches(rig.reply("old", version=(1, 1)), models[1], PROMPT)
     rig.engine.close()

@@ -19,12 +19,14 @@ from engine_rig import (
     Rig,
     assert_matches,
     carried_logprobs,
+    proof_of,
     takes_requests,
 )
-from tiny_llama import CONTEXT, VOCABULARY, named_tensors, reference_logprobs, tiny_model
+from tiny_llama import CONTEXT, VOCABULARY, named_tensors, tiny_model
 from transformers import LlamaForCausalLM
 
 from longshore.errors import IntegrityError, Rejected, Unavailable
+from longshore.generator.canary import Proof
 from longshore.generator.engine import (
     Engine,
     EngineEvent,
@@ -32,6 +34,7 @@ from longshore.generator.engine import (
     QueueFull,
 )
 from longshore.types import FinishReason, KvMark
+from longshore.weights.client import CanaryProbe
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +186,7 @@ def test_a_swap_under_a_request_gives_one_span_a_version(
     rig.submit("before", tokens=LONG)
     rig.submit("r", (1, 2), tokens=LONG)
     with PausedAtFirstEvent(rig, "r"):
-        rig.engine.stage(2, named_tensors(new))
+        rig.stage(new, 2)
         swapped = rig.engine.swap()
     swapped.result(WAIT_S)
     fresh = rig.reply("fresh", tokens=10)
@@ -209,12 +212,12 @@ def test_two_swaps_under_a_request_keep_the_oldest_version(rig: Rig, new: LlamaF
     third: queue.Queue[Future[None]] = queue.Queue()
 
     def swap_again(_: object) -> None:
-        rig.engine.stage(3, named_tensors(new))
+        rig.stage(new, 3)
         third.put(rig.engine.swap())
 
     rig.submit("r", (1, 2), tokens=LONG)
     with PausedAtFirstEvent(rig, "r"):
-        rig.engine.stage(2, named_tensors(new))
+        rig.stage(new, 2)
         # Called on the engine's thread: the second swap comes one decode step after the first.
         rig.engine.swap().add_done_callback(swap_again)
     third.get(timeout=WAIT_S).result(WAIT_S)
@@ -223,29 +226,57 @@ def test_two_swaps_under_a_request_keep_the_oldest_version(rig: Rig, new: LlamaF
     assert list(dict.fromkeys(marks)) == [(1, None), (2, 1), (3, 1)]
 
 
-def test_staged_weights_can_be_scored_while_others_serve(
+@pytest.mark.parametrize("off_by", [0.01, -0.01, float("nan")])
+def test_a_version_whose_canary_is_off_is_not_served(
+    rig: Rig, old: LlamaForCausalLM, new: LlamaForCausalLM, off_by: float
+) -> None:
+    rig.submit("running", (1, 2), tokens=LONG)
+    with pytest.raises(IntegrityError, match="canary"):
+        refused(rig, named_tensors(new), proof_of(new, off_by))
+    (running,) = rig.wait("running")
+    assert_matches(running, old, (1, 2))
+    outcome = rig.reply("r")
+    assert {event.version for event in (*running.events, *outcome.events)} == {1}
+    assert_matches(outcome, old, PROMPT)
+    rig.serve(new, 2)
+    assert_matches(rig.reply("after"), new, PROMPT)
+
+
+def test_weights_that_are_not_the_canarys_are_not_served(
     rig: Rig, old: LlamaForCausalLM, new: LlamaForCausalLM
 ) -> None:
-    rig.engine.stage(2, named_tensors(new))
-    scored = torch.tensor(rig.engine.score((1, *PROMPT)))
-    torch.testing.assert_close(scored, reference_logprobs(new, (1,), PROMPT), atol=1e-4, rtol=0)
-    outcome = rig.reply("r")
-    assert outcome.events[0].version == 1
-    assert_matches(outcome, old, PROMPT)
+    with pytest.raises(IntegrityError, match="canary"):
+        refused(rig, named_tensors(old), proof_of(new))
+    assert_matches(rig.reply("r"), old, PROMPT)
+
+
+@pytest.mark.parametrize(
+    "proof", [Proof(()), Proof((CanaryProbe((1,), ()),)), Proof((CanaryProbe((1, VOCABULARY), (-1.0,)),))]
+)
+def test_what_cannot_be_proven_is_not_served(rig: Rig, old: LlamaForCausalLM, proof: Proof) -> None:
+    with pytest.raises(IntegrityError):
+        refused(rig, named_tensors(old), proof)
+    assert rig.reply("r").events[0].version == 1
+
+
+def refused(rig: Rig, tensors: dict[str, torch.Tensor], proof: Proof) -> None:
+    """Stages and swaps; an engine proves at the one or at the other."""
+    rig.engine.stage(2, tensors, proof)
+    rig.engine.swap().result(WAIT_S)
 
 
 def test_tensors_of_another_model_are_refused_and_the_old_version_serves_on(rig: Rig, new: LlamaForCausalLM) -> None:
     tensors = named_tensors(new)
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     with pytest.raises(IntegrityError, match=r"missing: model\.layers\.1\.mlp\.up_proj\.weight"):
-        rig.engine.stage(2, tensors)
+        refused(rig, tensors, proof_of(new))
     assert rig.reply("r").events[0].version == 1
 
 
 def test_a_pinned_request_holds_the_swap_until_it_ends(rig: Rig, old: LlamaForCausalLM, new: LlamaForCausalLM) -> None:
     rig.submit("pinned", (1, 2), tokens=LONG, version=(1, 1))
     with PausedAtFirstEvent(rig, "pinned"):
-        rig.engine.stage(2, named_tensors(new))
+        rig.stage(new, 2)
         swapped = rig.engine.swap()
         rig.submit("late", version=(1, 1))
         rig.submit("free", tokens=2)
@@ -266,7 +297,7 @@ def test_a_waiting_pinned_request_holds_the_swap_too(rig: Rig, new: LlamaForCaus
         rig.submit(f"long-{number}", (1,), tokens=LONG)
     rig.submit("pinned", version=(None, 1))
     with PausedAtFirstEvent(rig, "long-0"):
-        rig.engine.stage(2, named_tensors(new))
+        rig.stage(new, 2)
         swapped = rig.engine.swap()
     assert {event.version for event in rig.wait("pinned")[0].events} == {1}
     swapped.result(WAIT_S)
@@ -277,7 +308,7 @@ def test_the_hold_ends_at_the_pinned_requests_deadline(rig: Rig, new: LlamaForCa
         rig.submit(f"long-{number}", (1,), tokens=LONG)
     with PausedAtFirstEvent(rig, "long-0"):
         rig.submit("pinned", version=(1, 1), seconds=0.0)
-        rig.engine.stage(2, named_tensors(new))
+        rig.stage(new, 2)
         swapped = rig.engine.swap()
     swapped.result(WAIT_S)
     failure = rig.wait("pinned")[0].failure
@@ -367,7 +398,7 @@ def test_status_counts(rig: Rig) -> None:
 def test_a_closed_engine_takes_nothing_and_fails_a_swap_that_waits(rig: Rig, new: LlamaForCausalLM) -> None:
     rig.submit("pinned", (1,), tokens=LONG, version=(1, 1))
     with PausedAtFirstEvent(rig, "pinned"):
-        rig.engine.stage(2, named_tensors(new))
+        rig.stage(new, 2)
         swapped = rig.engine.swap()
         # Tells the thread to end; joining it has to wait until it is let go.
         closer = threading.Thread(target=rig.engine.close)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from tiny_llama import CONTEXT, config_json, named_tensors, reference_logprobs
+from tiny_llama import CONTEXT, canary_logprobs, config_json, named_tensors, reference_logprobs
 from transformers import LlamaForCausalLM
 
 from longshore.errors import LongshoreError
+from longshore.generator.canary import Proof
 from longshore.generator.engine import (
     Emit,
     Engine,
@@ -25,10 +26,12 @@ from longshore.generator.llama_config import read_config
 from longshore.generator.metrics import EngineMetrics
 from longshore.generator.torch_slots import SlotOptions, TorchSlotsEngine
 from longshore.types import FinishReason, JobRef, Sampling, VersionConstraint
+from longshore.weights.client import CanaryProbe
 
 WAIT_S = 20.0
 SLOTS = 4
 PROMPT = (3, 4, 5, 6)
+CANARY = (1, 9, 8, 7, 30, 2, 2, 17)
 # Longer than any test lets it become: such a request runs until it is aborted or the weights are swapped under it.
 LONG = CONTEXT
 
@@ -89,12 +92,15 @@ class Rig:
             self._events.put(event)
 
     def serve(self, model: LlamaForCausalLM, version: int) -> None:
-        self.engine.stage(version, named_tensors(model))
+        self.stage(model, version)
         self.engine.swap().result(WAIT_S)
 
     def keep(self, model: LlamaForCausalLM, version: int) -> None:
-        self.engine.stage(version, named_tensors(model))
+        self.stage(model, version)
         self.engine.keep().result(WAIT_S)
+
+    def stage(self, model: LlamaForCausalLM, version: int) -> None:
+        self.engine.stage(version, named_tensors(model), proof_of(model))
 
     def submit(
         self,
@@ -141,6 +147,12 @@ class Rig:
         while not condition():
             assert time.monotonic() < deadline, f"never came: {self.engine.status()}"
             time.sleep(0.002)
+
+
+def proof_of(model: LlamaForCausalLM, off_by: float = 0.0) -> Proof:
+    """What the learner would have signed of these weights; `off_by` makes it wrong."""
+    values = canary_logprobs(model, CANARY)
+    return Proof((CanaryProbe(CANARY, (*values[:-1], values[-1] + off_by)),))
 
 
 class PausedAtFirstEvent:

@@ -11,6 +11,7 @@ from tiny_llama import canary_logprobs, config_json, published, reference_logpro
 
 from longshore.errors import NotFound, Unavailable
 from longshore.generator import llama_forward
+from longshore.generator.canary import Proof
 from longshore.generator.engine import Engine, EngineStatus
 from longshore.generator.follower import Follower
 from longshore.generator.llama_config import read_config
@@ -125,9 +126,9 @@ class Bench:
         engine = TorchSlotsEngine(read_config(config), options, lambda events: None, EngineMetrics(JOB))
         stage = engine.stage
 
-        def counted(version: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        def counted(version: int, tensors: Mapping[str, torch.Tensor], proof: Proof) -> None:
             self.staged.append(version)
-            stage(version, tensors)
+            stage(version, tensors, proof)
 
         engine.stage = counted  # type: ignore[method-assign]
         self.engine = engine

@@ -1,14 +1,16 @@
 """The seam between the service and whatever draws the tokens: token ids in, events out, no text and no wire.
 
 An engine owns one thread. Requests and aborts go in by `submit` and `abort`; what comes of them goes out through one
-callback, called on the engine's thread with all events of one turn of its loop. New weights arrive in three acts, so
-that nothing unproven is ever served:
+callback, called on the engine's thread with all events of one turn of its loop. New weights arrive in two acts:
 
-    engine.stage(7, tensors)               # beside the resident weights, on the caller's thread
-    engine.score(canary_token_ids)         # under the staged weights: is this the version it says it is?
+    engine.stage(7, tensors, proof)        # made ready, on the caller's thread
     engine.swap().result()                 # between two decode steps, with requests in flight
 
-A swap keeps the KV cache of running requests; their later events say so (`KvMark.CARRIED`, law 2). Requests whose
+Nothing unproven is ever served: an engine scores the proof's canaries as soon as it can, at `stage` where it holds the
+staged weights beside the resident ones, else at `swap`, before any token that they drew leaves it. Either then fails
+with IntegrityError, and the version before serves on.
+
+Where a swap keeps the KV cache of running requests, their later events say so (`KvMark.CARRIED`, law 2). Requests whose
 `max_version` is below the staged version go on with the one that they have, which stays in memory beside the new one
 until the last of them has ended. Where there is no room for that they hold the swap, at the longest until their
 deadline, and from the call of `swap` on no further such request is taken. `keep` makes a staged version resident beside
@@ -28,6 +30,8 @@ from longshore.types import EngineFingerprint, FinishReason, KvMark, Sampling, V
 
 if TYPE_CHECKING:
     import torch
+
+    from longshore.generator.canary import Proof
 
 # Outside of these the log-probs of float32 logits are no longer numbers that mean something.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
@@ -139,26 +143,25 @@ class Engine(Protocol):
     def abort(self, request_id: str) -> None:
         """Ends a request without a further event, except one already on its way. Unknown ids are ignored."""
 
-    def stage(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Makes ready new weights beside the resident ones; takes time, so not to be called on an event loop.
+    def stage(self, version: int, tensors: Mapping[str, torch.Tensor], proof: Proof) -> None:
+        """Makes new weights ready, in the place of what was staged before; takes time: not for an event loop.
 
         Raises:
-            IntegrityError: the tensors are not those of this engine's model.
+            IntegrityError: the tensors are not those of this engine's model, or the proof does not hold.
         """
-
-    def score(self, token_ids: Sequence[int]) -> list[float]:
-        """[len - 1] log-probs under the staged weights, at temperature 1, of each token given those before it."""
 
     def swap(self) -> Future[None]:
         """Makes the staged version resident between two decode steps; done when it is.
 
-        The future fails with Unavailable when the engine ends first.
+        The future fails with IntegrityError when the loaded weights do not prove (the version before serves on), with
+        Unavailable when the engine ends first.
         """
 
     def keep(self) -> Future[None]:
         """Makes the staged version resident beside the served one; done when requests for it may be submitted.
 
-        The future fails with Unavailable when every place is taken by a version in use, or the engine ends first.
+        The future fails with Unavailable when every place is taken by a version in use, the engine has but one, or it
+        ends first.
         """
 
     def status(self) -> EngineStatus: ...

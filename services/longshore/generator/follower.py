@@ -1,16 +1,16 @@
-"""Follows a pointer of the weight store: fetch, stage, prove, swap; always to the newest version, skipping others.
+"""Follows a pointer of the weight store: fetch, stage, swap; always to the newest version, skipping others.
 
-A version is proven when the staged weights give the log-probs that the learner computed for the manifest's canaries.
-Its bytes may come before the pointer says that it was published: then it is staged and proven ahead, and the pointer
-brings the swap alone. Whatever fails leaves the old version serving, is counted, and is tried again with growing pauses
-until it works or the pointer moves on. Knows neither the wire nor what kind of engine it feeds.
+The engine proves each version by its canaries. A version's bytes may come before the pointer says that it is published:
+then it is staged ahead (and proven, where the engine can), and the pointer brings the swap alone. Whatever fails leaves
+the old version serving, is counted, and is tried again with growing pauses until it works or the pointer moves on.
+Knows neither the wire nor what kind of engine it feeds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Protocol
 
@@ -18,15 +18,14 @@ import structlog
 
 from longshore.errors import ConfigError, IntegrityError, LongshoreError, Unavailable
 from longshore.generator import metrics
+from longshore.generator.canary import Proof
 from longshore.generator.engine import Engine
 from longshore.generator.llama_weights import TorchViews
 from longshore.types import JobRef
-from longshore.weights.client import CanaryProbe, News, PolicyVersion
+from longshore.weights.client import News, PolicyVersion
 
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 30.0
-# Both sides compute in float32 from the same rounded weights; what is left is the order of sums.
-CANARY_TOLERANCE = 2e-3
 
 log = structlog.get_logger()
 
@@ -74,7 +73,7 @@ class Follower:
         self._staging = asyncio.Lock()
         # Versions that are being made resident beside the served one.
         self._keeping: dict[int, asyncio.Task[None]] = {}
-        # Version and checksum of what is staged and proven.
+        # Version and checksum of what is staged.
         self._staged: tuple[int, str] | None = None
         self._resident: int | None = None
 
@@ -195,13 +194,13 @@ class Follower:
         await self._on_version(engine)
 
     async def _prepare(self, version: int) -> Engine:
-        """Fetches a version, stages it beside the resident one, and proves it; once, where nothing came between."""
+        """Fetches a version and stages it; once, where nothing came between."""
         policy = await self._source.fetch(version)
         engine = await self._engine_for(policy.assets_sha256)
         # The checksum too: what came ahead and was then not published may have left its number to other weights.
         if self._staged != (version, policy.checksum):
             self._staged = None
-            await asyncio.to_thread(_stage_and_prove, engine, policy, self._views)
+            await asyncio.to_thread(_stage, engine, policy, self._views)
             self._staged = (version, policy.checksum)
         return engine
 
@@ -221,23 +220,6 @@ class Follower:
         return self._engine
 
 
-def _stage_and_prove(engine: Engine, policy: PolicyVersion, views: TorchViews) -> None:
+def _stage(engine: Engine, policy: PolicyVersion, views: TorchViews) -> None:
     assert policy.tensors is not None
-    engine.stage(policy.version, views.of(policy.tensors))
-    prove(engine, policy.canaries)
-
-
-def prove(engine: Engine, canaries: Sequence[CanaryProbe]) -> None:
-    """Raises IntegrityError unless the staged weights give the canaries' log-probs."""
-    if not any(canary.logprobs for canary in canaries):
-        raise IntegrityError("the version has no canary to prove it by")
-    for canary in canaries:
-        if not all(0 <= token < engine.limits.vocab_size for token in canary.token_ids):
-            raise IntegrityError("a canary's tokens are not in the model's vocabulary")
-        scored = engine.score(canary.token_ids)
-        gaps = [abs(ours - theirs) for ours, theirs in zip(scored, canary.logprobs, strict=True)]
-        # Written so that a NaN fails too.
-        if not all(gap <= CANARY_TOLERANCE for gap in gaps):
-            raise IntegrityError(
-                f"a canary's log-probs are off by {max(gaps):.3g}, at most {CANARY_TOLERANCE} is right"
-            )
+    engine.stage(policy.version, views.of(policy.tensors), Proof(policy.canaries))

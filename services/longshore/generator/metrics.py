@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from longshore.generator.canary import Gap, demand, holds
 from longshore.types import JobRef
 
 _JOB = ("project", "job")
@@ -14,6 +15,12 @@ RUNNING = Gauge("longshore_generator_running_requests", "Requests that hold a sl
 WAITING = Gauge("longshore_generator_waiting_requests", "Requests that wait for a slot or a version", _JOB)
 VERSION = Gauge("longshore_generator_policy_version", "Policy version that is served", _JOB)
 REFUSED = Counter("longshore_generator_refused_versions_total", "Attempts at a version that failed", (*_JOB, "reason"))
+CANARY_GAP = Gauge(
+    "longshore_generator_canary_gap_nats",
+    "How far the log-probs of the version that was proven last are from the learner's",
+    (*_JOB, "over"),
+)
+UNPROVEN = Counter("longshore_generator_unproven_versions_total", "Versions whose canary was off", _JOB)
 DECODE_SECONDS = Histogram(
     "longshore_generator_decode_step_seconds",
     "One decode step of all running requests",
@@ -45,3 +52,13 @@ class EngineMetrics:
         self.version = VERSION.labels(*labels)
         self.decode_seconds = DECODE_SECONDS.labels(*labels)
         self.prefill_seconds = PREFILL_SECONDS.labels(*labels)
+        self._largest_gap, self._mean_gap = (CANARY_GAP.labels(*labels, over) for over in ("max", "mean"))
+        self._unproven = UNPROVEN.labels(*labels)
+
+    def prove(self, gap: Gap, dtype: str) -> None:
+        """Notes what a canary gave. Raises IntegrityError where that is no proof, in an engine of this dtype."""
+        self._largest_gap.set(gap.largest)
+        self._mean_gap.set(gap.mean)
+        if not holds(gap, dtype):
+            self._unproven.inc()
+        demand(gap, dtype)

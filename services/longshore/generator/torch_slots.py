@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ import torch
 import longshore
 from longshore.errors import ConfigError, Unavailable
 from longshore.generator import llama_forward
+from longshore.generator.canary import Proof
 from longshore.generator.engine import (
     Emit,
     EngineEvent,
@@ -113,13 +114,13 @@ class TorchSlotsEngine:
             if request_id in self._live and not self._closing:
                 self._post(partial(self._drop, request_id))
 
-    def stage(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def stage(self, version: int, tensors: Mapping[str, torch.Tensor], proof: Proof) -> None:
         like = self._staged.weights if self._staged else self._decoder.weights
-        self._staged = _Staged(version, build_weights(self.shape, tensors, like))
-
-    def score(self, token_ids: Sequence[int]) -> list[float]:
-        assert self._staged is not None, "stage a version first"
-        return llama_forward.score(self.shape, self._staged.weights, token_ids)
+        self._staged = None
+        weights = build_weights(self.shape, tensors, like)
+        proof.check(self.shape.vocab_size)
+        self._metrics.prove(proof.gap(partial(llama_forward.score, self.shape, weights)), self.fingerprint.dtype)
+        self._staged = _Staged(version, weights)
 
     def swap(self) -> Future[None]:
         assert self._staged is not None, "stage a version first"

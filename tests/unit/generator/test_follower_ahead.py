@@ -12,6 +12,7 @@ from follower_bench import WAIT_S, Bench, expected, refusals, scores
 
 from longshore.errors import IntegrityError, NotFound, Unavailable
 from longshore.generator import follower as follower_module
+from longshore.generator.canary import Proof
 
 
 @pytest.fixture
@@ -178,12 +179,12 @@ async def test_staging_for_a_request_that_has_gone_ends_before_another_begins(ro
     assert roomy.engine is not None
     stage, busy, go, overlaps = roomy.engine.stage, threading.Lock(), threading.Event(), []
 
-    def slow(version: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def slow(version: int, tensors: Mapping[str, torch.Tensor], proof: Proof) -> None:
         if not busy.acquire(blocking=False):
             overlaps.append(version)
             return
         try:
-            stage(version, tensors)
+            stage(version, tensors, proof)
             assert version != 7 or go.wait(WAIT_S)
         finally:
             busy.release()

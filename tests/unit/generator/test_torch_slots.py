@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from engine_rig import ENGINES, WAIT_S, PausedAtFirstEvent, Rig, assert_matches
-from tiny_llama import named_tensors, tiny_model
+from tiny_llama import tiny_model
 
 from longshore.generator.slot_decoder import DecodeStep
 
@@ -17,7 +17,7 @@ def test_a_version_is_not_let_go_while_a_request_for_it_comes_in(monkeypatch: py
     decoder = rig.engine._decoder  # type: ignore[attr-defined]
     rig.submit("first", tokens=40, version=(1, 1))
     with PausedAtFirstEvent(rig, "first"):
-        rig.engine.stage(2, named_tensors(new))
+        rig.stage(new, 2)
         swapped = rig.engine.swap()
         decode, left = decoder.decode, [40 - 32]
 
