@@ -17,8 +17,8 @@ from longshore.client import ApiClient
 from longshore.config import JobSpec
 from longshore.errors import ConfigError, Fault, InvalidJobSpec, NotFound, Unavailable
 from longshore.gateway import driver
-from longshore.gateway.http_server import serve_http
 from longshore.launcher.spec import UnitState
+from longshore.rpc.http_server import serve_http
 
 ROUTES = [
     ("GET", "/v1/jobs"),

@@ -19,7 +19,6 @@ from longshore.gateway.app import Api
 from longshore.gateway.books import Books
 from longshore.gateway.database import Database
 from longshore.gateway.driver import Parts
-from longshore.gateway.http_server import serve_http
 from longshore.gateway.jobs import Jobs
 from longshore.gateway.reconcile import Reconciler
 from longshore.gateway.states import JobState
@@ -27,6 +26,7 @@ from longshore.gateway.store import Job, JobStore
 from longshore.gateway.units import Units
 from longshore.launcher.spec import ProcessSpec, ProcessState, ProcessStatus, Ready, ReadyKind, UnitState, UnitStatus
 from longshore.rollout_queue.channel import JobChannel
+from longshore.rpc.http_server import serve_http
 from longshore.types import JobRef
 
 KEY = "sesame"

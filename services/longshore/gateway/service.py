@@ -14,7 +14,6 @@ from longshore.gateway.books import Books
 from longshore.gateway.config import GatewaySettings
 from longshore.gateway.database import Database
 from longshore.gateway.driver import Parts
-from longshore.gateway.http_server import serve_http
 from longshore.gateway.jobs import Jobs, Rotate
 from longshore.gateway.keys import rotate_key
 from longshore.gateway.prepare import job_paths, prepare
@@ -27,6 +26,7 @@ from longshore.launcher.plan import Endpoints, plan_job
 from longshore.launcher.spec import ProcessSpec
 from longshore.rollout_queue import broker
 from longshore.rollout_queue.channel import JobChannel
+from longshore.rpc.http_server import serve_http
 from longshore.rpc.process import run_process
 from longshore.rpc.server import RpcServer
 from longshore.tasks.check import check_document

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -14,18 +14,11 @@ import grpc.aio
 import structlog
 import torch
 
-from longshore.errors import NotFound, Rejected, Unavailable
+from longshore.errors import Rejected, Unavailable
 from longshore.generator import metrics
+from longshore.generator.calls import Call, Calls
 from longshore.generator.config import GeneratorSettings
-from longshore.generator.engine import (
-    Engine,
-    EngineEvent,
-    EngineRequest,
-    Failure,
-    QueueFull,
-    RequestFailed,
-    TokensDrawn,
-)
+from longshore.generator.engine import Engine, EngineRequest, Failure, QueueFull, RequestFailed, TokensDrawn
 from longshore.generator.follower import Follower
 from longshore.generator.llama_config import read_config
 from longshore.generator.torch_slots import SlotOptions, TorchSlotsEngine
@@ -53,57 +46,34 @@ log = structlog.get_logger()
 
 
 class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
-    """Translates Generate for the engine and the engine's events for the callers. Lives on the running event loop."""
+    """Translates Generate for the engine and the engine's events for the callers."""
 
-    def __init__(self, job: JobRef, max_request_s: float) -> None:
-        # None until the first version is proven.
-        self.engine: Engine | None = None
-        # Makes a version resident; None: only what the engine follows is served.
-        self.keep: Callable[[int], Awaitable[None]] | None = None
+    def __init__(self, job: JobRef, calls: Calls, max_request_s: float) -> None:
         self._job = job
-        self._labels = (job.project, job.job)
+        self._calls = calls
         self._max_request_s = max_request_s
-        self._loop = asyncio.get_running_loop()
-        # A caller's id may come again while the engine still ends the request before it: the engine gets our own ids.
-        self._serials = itertools.count()
-        self._calls: dict[str, _Call] = {}
+        # Ids of the callers' own, of requests that run.
         self._names: set[str] = set()
-
-    def deliver(self, events: Sequence[EngineEvent]) -> None:
-        """Takes the engine's events, on the engine's thread."""
-        self._loop.call_soon_threadsafe(self._dispatch, events)
-
-    def _dispatch(self, events: Sequence[EngineEvent]) -> None:
-        for event in events:
-            call = self._calls.get(event.request_id)
-            if call is not None:
-                call.events.put_nowait(event)
 
     @rpc_stream
     async def Generate(  # noqa: N802 - the name is the contract's
         self, request: generator_pb2.GenerateRequest, context: _Context
     ) -> AsyncIterator[generator_pb2.GenerateResponse]:
-        engine = self.engine
-        if engine is None:
-            raise Unavailable("no policy version has been proven yet")
+        engine = self._calls.proven()
         wanted = self._request(request, context)
-        await self._have_resident(engine, wanted)
+        await self._calls.have_resident(wanted)
         if request.request_id in self._names:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"request {request.request_id!r} is running")
         try:
-            engine.submit(wanted)
+            call = self._open(wanted, request.request_id, context)
         except QueueFull as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        call = self._open(engine, wanted.request_id, request.request_id, context)
         first = True
         while True:
-            event = await call.events.get()
+            event = await call.next()
             if isinstance(event, RequestFailed):
-                call.outcome = event.failure.value
                 await context.abort(_CODES[event.failure], event.message)
                 return
-            if event.finish is not None:
-                call.outcome = event.finish.value
             response = _response(event)
             if first:
                 response.engine.CopyFrom(engine_to_proto(engine.fingerprint))
@@ -117,50 +87,28 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
         self, request: generator_pb2.GetStatusRequest, context: _Context
     ) -> generator_pb2.GetStatusResponse:
         self._check_job(request.job)
-        if self.engine is None:
+        engine = self._calls.engine
+        if engine is None:
             return generator_pb2.GetStatusResponse()
-        status = self.engine.status()
+        status = engine.status()
         return generator_pb2.GetStatusResponse(
             policy_version=status.version,
             running_requests=status.running,
             waiting_requests=status.waiting,
-            max_running_requests=self.engine.limits.slots,
+            max_running_requests=engine.limits.slots,
             kv_used_ratio=status.kv_used_ratio,
-            engine=engine_to_proto(self.engine.fingerprint),
+            engine=engine_to_proto(engine.fingerprint),
         )
 
-    async def _have_resident(self, engine: Engine, request: EngineRequest) -> None:
-        """Brings the version that a request is pinned to, if it is none of those in memory.
-
-        One above the served version that cannot be brought may be still to come: the engine waits for it. Raises
-        NotFound, IntegrityError, Unavailable.
-        """
-        pinned = request.version.min_version
-        if pinned is None or pinned != request.version.max_version or self.keep is None:
-            return
-        status = engine.status()
-        if status.version is None or pinned in (status.version, *status.beside):
-            return
-        try:
-            async with asyncio.timeout(request.deadline - time.monotonic()):
-                await self.keep(pinned)
-        except (NotFound, Unavailable):
-            if pinned < status.version:
-                raise
-        except TimeoutError:
-            raise Unavailable(f"version {pinned} could not be brought within the request's deadline") from None
-
-    def _open(self, engine: Engine, engine_id: str, name: str, context: _Context) -> _Call:
-        call = _Call()
-        self._calls[engine_id] = call
+    def _open(self, request: EngineRequest, name: str, context: _Context) -> Call:
+        """Submits a request that lives as long as its gRPC call."""
+        opened = contextlib.ExitStack()
+        call = opened.enter_context(self._calls.open(request))
         self._names.add(name)
 
         def close(_: _Context) -> None:
-            # However the call ended: the engine ignores ids that it has finished.
-            engine.abort(engine_id)
-            del self._calls[engine_id]
             self._names.remove(name)
-            metrics.REPLIES.labels(*self._labels, call.outcome).inc()
+            opened.close()
 
         context.add_done_callback(close)  # type: ignore[arg-type] # the stub asks for a class, not a callable
         return call
@@ -175,7 +123,7 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
         seconds = self._max_request_s if left is None else min(left, self._max_request_s)
         version = convert.version_from_proto(request.version) if request.HasField("version") else VersionConstraint()
         return EngineRequest(
-            request_id=str(next(self._serials)),
+            request_id=self._calls.new_id(),
             token_ids=tuple(request.token_ids),
             sampling=convert.sampling_from_proto(request.sampling),
             deadline=time.monotonic() + seconds,
@@ -185,15 +133,6 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
     def _check_job(self, job: Any) -> None:
         if convert.job_from_proto(job) != self._job:
             raise Rejected("job", f"this generator serves {self._job}")
-
-
-class _Call:
-    """One Generate call: what the engine said that the caller has not been sent yet, and how it ended."""
-
-    def __init__(self) -> None:
-        # Bounded by the tokens of one reply.
-        self.events: asyncio.Queue[EngineEvent] = asyncio.Queue()
-        self.outcome = "aborted"
 
 
 def _response(event: TokensDrawn) -> generator_pb2.GenerateResponse:
@@ -210,10 +149,10 @@ def _response(event: TokensDrawn) -> generator_pb2.GenerateResponse:
 class _EngineHost:
     """Makes the process's engine when the follower asks for it, and tells when its thread has ended."""
 
-    def __init__(self, settings: GeneratorSettings, job: JobFile, service: GeneratorService) -> None:
+    def __init__(self, settings: GeneratorSettings, job: JobFile, calls: Calls) -> None:
         self._settings = settings
         self._job = job
-        self._service = service
+        self._calls = calls
         self._loop = asyncio.get_running_loop()
         self._engine: TorchSlotsEngine | None = None
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -221,7 +160,7 @@ class _EngineHost:
     def make(self, config: bytes) -> Engine:
         """Called on a worker thread. Raises ConfigError when the engine cannot run the model."""
         engine = TorchSlotsEngine(
-            read_config(config), self._options(), self._service.deliver, metrics.EngineMetrics(self._job.ref)
+            read_config(config), self._options(), self._calls.deliver, metrics.EngineMetrics(self._job.ref)
         )
         self._engine = engine
         engine.ended.add_done_callback(lambda ended: self._loop.call_soon_threadsafe(self._end, ended.exception()))
@@ -258,19 +197,20 @@ async def serve(settings: GeneratorSettings, stop: asyncio.Event) -> None:
     job = settings.load_job()
     torch.set_num_threads(job.spec.resources.threads)
     server = RpcServer(settings.listen)
-    service = GeneratorService(job.ref, settings.max_request_s)
+    calls = Calls(job.ref)
+    service = GeneratorService(job.ref, calls, settings.max_request_s)
     generator_pb2_grpc.add_GeneratorServiceServicer_to_server(service, server.server)
     copies: Copies[int] = Copies(HELD_VERSIONS, settings.held_mb * 1024 * 1024)
     client = WeightsClient(settings.weights, job.ref, bytes.fromhex(job.learner_public_key), copies)
-    host = _EngineHost(settings, job, service)
+    host = _EngineHost(settings, job, calls)
 
     async def on_version(engine: Engine) -> None:
-        if service.engine is None:
-            service.engine = engine
+        if calls.engine is None:
+            calls.engine = engine
             await server.set_serving(SERVICE, True)
 
     follower = Follower(client, host.make, on_version, job.ref, settings.follow)
-    service.keep = follower.keep
+    calls.keep = follower.keep
     await server.start()
     try:
         await _first_to_end(stop, follower, host.ended)

@@ -2,7 +2,7 @@
 
 A reservation is a socket that is bound with SO_REUSEPORT and never listens: the kernel gives the port to nobody else
 (neither to another bind nor as the source of a connection), delivers no connection to the holder, and lets a listener
-of the same user bind beside it if that asks for SO_REUSEPORT too. gRPC, MetricsServer and the gateway do.
+of the same user bind beside it if that asks for SO_REUSEPORT too. gRPC, MetricsServer and the HTTP servers do.
 """
 
 from __future__ import annotations
@@ -11,22 +11,10 @@ import re
 import socket
 
 from longshore.errors import ConfigError
+from longshore.rpc.sockets import bind_shared
 
 LOOPBACK = "127.0.0.1"
 _PLACEHOLDER = re.compile(r"\$\{PORT:([A-Za-z0-9_.-]+)\}")
-
-
-def bind_shared(host: str, port: int) -> socket.socket:
-    """A TCP socket bound with SO_REUSEPORT, not listening; port 0: any free one. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        bound.bind((host, port))
-    except OSError:
-        bound.close()
-        raise
-    return bound
 
 
 def check_free(port: int) -> None:

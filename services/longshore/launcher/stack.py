@@ -18,13 +18,14 @@ from longshore.errors import ConfigError, LongshoreError
 from longshore.launcher import state_dir as state
 from longshore.launcher.broker_server import resolve_broker
 from longshore.launcher.plan import STACK_UNIT, StackPaths, plan_stack
-from longshore.launcher.ports import LOOPBACK, bind_shared, check_free
+from longshore.launcher.ports import LOOPBACK, check_free
 from longshore.launcher.probe import probe
 from longshore.launcher.service import SupervisorService
 from longshore.launcher.spec import ProcessState, UnitState, UnitStatus
 from longshore.launcher.supervisor import Supervisor
 from longshore.proto.v1.supervisor_pb2_grpc import add_SupervisorServiceServicer_to_server
 from longshore.rpc.server import RpcServer
+from longshore.rpc.sockets import bind_shared
 
 START_TIMEOUT_S = 120.0
 

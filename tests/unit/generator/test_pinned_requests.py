@@ -8,8 +8,8 @@ import time
 import pytest
 
 from longshore.errors import IntegrityError, LongshoreError, NotFound, Unavailable
+from longshore.generator.calls import Calls
 from longshore.generator.engine import EngineRequest, EngineStatus
-from longshore.generator.service import GeneratorService
 from longshore.types import JobRef, Sampling, VersionConstraint
 
 
@@ -41,11 +41,12 @@ async def brought(
         if error is not None:
             raise error
 
-    service = GeneratorService(JobRef("p", "j"), 10.0)
-    service.keep = keep
+    calls = Calls(JobRef("p", "j"))
+    calls.keep = keep
+    calls.engine = Resident(served)  # type: ignore[assignment]
     bounds = VersionConstraint(low, high)
     request = EngineRequest("r", (1,), Sampling(1.0, 4), time.monotonic() + seconds, bounds)
-    await service._have_resident(Resident(served), request)  # type: ignore[arg-type]
+    await calls.have_resident(request)
     return asked
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from longshore.errors import ConfigError
-from longshore.launcher.ports import PortReservations, bind_shared, check_free
+from longshore.launcher.ports import PortReservations, check_free
+from longshore.rpc.sockets import bind_shared
 
 
 @pytest.fixture

@@ -1,0 +1,105 @@
+"""What the HTTP servers do with connections that take their time. The deadlines are short here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from longshore.errors import ConfigError
+from longshore.rpc import http_server
+from longshore.rpc.http_server import serve_http
+
+WAIT_S = 20.0
+HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n"
+
+
+async def at_once(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers without reading the body."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+async def nothing(address: str) -> None:
+    """Nobody needs the address."""
+
+
+@pytest.fixture
+async def address(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[str, int]]:
+    monkeypatch.setattr(http_server, "_HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(http_server, "_REST_TIMEOUT_S", 0.2)
+    stop, listening = asyncio.Event(), asyncio.get_running_loop().create_future()
+
+    async def on_listening(where: str) -> None:
+        listening.set_result(where)
+
+    serving = asyncio.create_task(serve_http(at_once, "127.0.0.1:0", 1.0, stop, on_listening))
+    host, _, port = (await listening).rpartition(":")
+    yield host, int(port)
+    stop.set()
+    await serving
+
+
+async def until_closed(reader: asyncio.StreamReader) -> bytes:
+    """All that comes until the other side ends the connection."""
+    received = b""
+    try:
+        async with asyncio.timeout(WAIT_S):
+            while piece := await reader.read(1024):
+                received += piece
+    except ConnectionResetError:
+        pass
+    return received
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", HEAD[:-2]])
+async def test_a_head_that_does_not_come_ends_the_connection(address: tuple[str, int], sent: bytes) -> None:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(sent)
+    assert await until_closed(reader) == b""
+    writer.close()
+
+
+async def test_a_head_that_trickles_ends_the_connection(address: tuple[str, int]) -> None:
+    reader, writer = await asyncio.open_connection(*address)
+
+    async def trickle() -> None:
+        while True:
+            writer.write(b"G")
+            await asyncio.sleep(0.02)
+
+    trickling = asyncio.create_task(trickle())
+    assert await until_closed(reader) == b""
+    trickling.cancel()
+    writer.close()
+
+
+async def test_a_second_request_has_the_deadline_too(address: tuple[str, int]) -> None:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT")
+    assert (await until_closed(reader)).count(b"200 OK") == 1
+    writer.close()
+
+
+async def test_an_answered_request_need_not_be_listened_to_for_ever(address: tuple[str, int]) -> None:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(HEAD)
+
+    async def send_on() -> None:
+        while True:
+            writer.write(b"x" * 1024)
+            await asyncio.sleep(0.02)
+
+    sending = asyncio.create_task(send_on())
+    assert (await until_closed(reader)).endswith(b"ok")
+    sending.cancel()
+    writer.close()
+
+
+async def test_a_certificate_that_is_not_there_is_refused() -> None:
+    certificate = (Path("no.crt"), Path("no.key"))
+    with pytest.raises(ConfigError, match=r"certificate no\.crt"):
+        await serve_http(at_once, "127.0.0.1:0", 1.0, asyncio.Event(), nothing, certificate=certificate)
