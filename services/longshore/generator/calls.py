@@ -10,21 +10,28 @@ import contextlib
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 
 from longshore.errors import NotFound, Unavailable
 from longshore.generator import metrics
 from longshore.generator.engine import Engine, EngineEvent, EngineRequest, RequestFailed
-from longshore.types import JobRef
+from longshore.types import FinishReason, JobRef
 
 
 class Call:
     """One request: what the engine said of it that has not been taken yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, abort: Callable[[], None]) -> None:
+        self._abort = abort
         # Bounded by the tokens of one reply.
         self._events: asyncio.Queue[EngineEvent] = asyncio.Queue()
         # How it ended; a word of a small set.
         self.outcome = "aborted"
+
+    def stop(self) -> None:
+        """Nothing more is wanted: the reply has ended as it should, though the engine does not know it."""
+        self.outcome = FinishReason.STOP.value
+        self._abort()
 
     def put(self, event: EngineEvent) -> None:
         self._events.put_nowait(event)
@@ -81,7 +88,7 @@ class Calls:
             Rejected, QueueFull, Unavailable: see Engine.submit.
         """
         engine = self.proven()
-        call = Call()
+        call = Call(partial(engine.abort, request.request_id))
         # Before the submission: the engine's thread may be quick.
         self._open[request.request_id] = call
         try:

@@ -55,6 +55,8 @@ class EngineRequest:
     # On the clock of time.monotonic().
     deadline: float
     version: VersionConstraint = field(default_factory=VersionConstraint)
+    # Somebody watches it grow, or may want no more of it at any moment: events come with the tokens, ungathered.
+    watched: bool = False
 
 
 @dataclass(frozen=True)

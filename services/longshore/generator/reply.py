@@ -9,7 +9,8 @@ from longshore.generator.engine import EngineRequest, TokensDrawn
 from longshore.types import FinishReason, KvMark
 
 # An event is due when it holds this many tokens, or when its first one is this old. Every event costs a message and
-# a wake-up on both sides, and nobody trains on part of a reply: short replies should be one event.
+# a wake-up on both sides, and nobody trains on part of a reply: short replies should be one event. Who watches a reply
+# pays for more.
 FLUSH_TOKENS = 32
 FLUSH_S = 0.5
 
@@ -28,6 +29,7 @@ class Reply:
         self._stop = frozenset(request.sampling.stop_token_ids)
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
+        self._flush_tokens = 1 if request.watched else FLUSH_TOKENS
         self._flush_at = 0.0
 
     def add(self, token: int, logprob: float, now: float) -> TokensDrawn | None:
@@ -41,7 +43,7 @@ class Reply:
             return self._event(FinishReason.STOP)
         if self._left == 0:
             return self._event(FinishReason.LENGTH)
-        if len(self._token_ids) >= FLUSH_TOKENS or now >= self._flush_at:
+        if len(self._token_ids) >= self._flush_tokens or now >= self._flush_at:
             return self._event(None)
         return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -47,6 +48,10 @@ class Renderer:
         self.eos_token_id: int | None = (
             self._tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
         )
+        # Tokens that say how a text is built, and are not part of it.
+        self.special_ids = frozenset(
+            token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special
+        )
         self.stop_token_ids = _stop_ids(self.eos_token_id, config["generation_config.json"])
         self._cache: dict[tuple[Message, ...], list[int]] = {}
 
@@ -71,6 +76,38 @@ class Renderer:
             raise ConfigError("the model's tokenizer has no chat template, so a task must be one user message")
         ids: list[int] = self._tokenizer.encode(messages[0].content, add_special_tokens=True).ids
         return ids
+
+    def conversation_ids(
+        self, conversation: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None = None
+    ) -> list[int]:
+        """As `prompt_ids`, for messages with more than role and content (tool calls and their results), and tools.
+
+        Raises:
+            ConfigError: the template refuses them, or there is none and it is not one user message.
+        """
+        if self._template is not None:
+            return self._encode(self._template.render_conversation(conversation, tools, generation_prompt=True))
+        return self._prompt_ids([Message(str(item["role"]), str(item["content"])) for item in conversation])
+
+    def text_ids(self, text: str) -> list[int]:
+        """Tokens of a text that is to be gone on with, after those that begin every text of this tokenizer."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=True).ids
+        return ids
+
+    @property
+    def template_text(self) -> str | None:
+        """The chat template, if there is one."""
+        return None if self._template is None else self._template.text
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template tells the model of tools."""
+        return self._template is not None and self._template.takes_tools
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token of the vocabulary."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
 
     def turn_ids(self, before: list[Message], new: list[Message], last_token: int | None = None) -> list[int]:
         """Tokens that `new` messages add after the model's reply, up to the start of its next one.
@@ -101,6 +138,11 @@ class Renderer:
     def text(self, token_ids: list[int]) -> str:
         """What was said, without special tokens."""
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def full_text(self, token_ids: list[int]) -> str:
+        """What was said, special tokens and all. Bytes that are no character are shown as U+FFFD."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)
         return text
 
     def _encode(self, text: str) -> list[int]:

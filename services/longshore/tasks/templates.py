@@ -7,17 +7,29 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
 from longshore.errors import ConfigError
 from longshore.types import Message
+
+# What a template raises of itself, and what Python does when a message is not as it expects.
+_REFUSALS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -47,9 +59,12 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = _strftime_now
+        self.text = text
         self._special_tokens = special_tokens
         try:
             self._template = environment.from_string(text)
+            # Whether it says anything of tools that it is given.
+            self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(text))
         except jinja2.TemplateError as error:
             raise ConfigError(f"the tokenizer's chat template is malformed: {error}") from None
 
@@ -60,15 +75,29 @@ class ChatTemplate:
             ConfigError: the template refuses these messages.
         """
         conversation = [{"role": message.role, "content": message.content} for message in messages]
+        return self.render_conversation(conversation, None, generation_prompt=generation_prompt)
+
+    def render_conversation(
+        self,
+        conversation: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None,
+        *,
+        generation_prompt: bool,
+    ) -> str:
+        """As `render`, for messages with more than role and content, and with tools to tell the model of.
+
+        Raises:
+            ConfigError: the template refuses these messages or tools.
+        """
         try:
             return self._template.render(
                 messages=conversation,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=generation_prompt,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except _REFUSALS as error:
             raise ConfigError(f"the tokenizer's chat template refuses the conversation: {error}") from None
 
 

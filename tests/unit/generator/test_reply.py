@@ -7,8 +7,10 @@ from longshore.generator.reply import FLUSH_S, FLUSH_TOKENS, Reply
 from longshore.types import FinishReason, Sampling
 
 
-def reply(tokens: int, *, prompt: int = 1, context: int = 1000, stop: tuple[int, ...] = ()) -> Reply:
-    request = EngineRequest("r", (1,) * prompt, Sampling(1.0, tokens, stop), deadline=100.0)
+def reply(
+    tokens: int, *, prompt: int = 1, context: int = 1000, stop: tuple[int, ...] = (), watched: bool = False
+) -> Reply:
+    request = EngineRequest("r", (1,) * prompt, Sampling(1.0, tokens, stop), deadline=100.0, watched=watched)
     return Reply(request, slot=0, version=1, context=context)
 
 
@@ -29,6 +31,12 @@ def test_tokens_are_kept_no_longer_than_the_limit() -> None:
     assert event.token_ids == (5, 6, 7)
     # The clock starts anew with the first token of the next event.
     assert made.add(8, -0.5, now=7.0 + FLUSH_S) is None
+
+
+def test_who_watches_is_told_of_every_token() -> None:
+    made = reply(1000, watched=True)
+    events = [made.add(token, -0.5, now=0.0) for token in (5, 6)]
+    assert [event.token_ids for event in events if event is not None] == [(5,), (6,)]
 
 
 def test_the_limits_of_request_and_context_both_end_it() -> None:
