@@ -90,6 +90,7 @@ def sequence_of(number: int, prompt: list[int], completion: list[int], advantage
         advantages=[advantage] * length,
         weights=[1.0] * length,
         rewards=[0.0] * length,
+        carried=[False] * length,
     )
 
 

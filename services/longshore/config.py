@@ -13,8 +13,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from longshore.config_base import Spec
-from longshore.config_credit import AnyCredit, Credit, Gae, OverlongSpec
+from longshore.config_credit import AnyCredit, BatchWhitened, Credit, Gae, OverlongSpec
 from longshore.config_objective import DppoObjective, EssStepSpec, KlSpec, Objective
+from longshore.config_replay import ReplaySpec
 from longshore.documents import MAX_BYTES, parse_yaml
 from longshore.errors import Fault, InvalidJobSpec
 from longshore.job_faults import Misfit, parse, refuse
@@ -146,10 +147,18 @@ class TrainSpec(Spec):
         description="issued - consumed <= (this + 1) * batch; 0 is on-policy",
     )
     checkpoint_every: int = Field(25, ge=1, description="train steps between durable checkpoints")
+    zero_variance: Literal["skip", "resample"] = Field(
+        "skip",
+        description="groups of equal rewards: leave them out, or have other tasks attempted in their place",
+    )
+    replay: ReplaySpec | None = Field(None, description="absent: each rollout is trained on once")
     compute: ComputeSpec = ComputeSpec()
 
     @model_validator(mode="after")
     def _credit_fits(self) -> TrainSpec:
+        if self.zero_variance == "resample" and isinstance(self.credit, (BatchWhitened, Gae)):
+            message = f"has no place beside advantage {self.credit.name}: equal rewards are a signal to it; take skip"
+            refuse([Misfit("zero_variance", self.zero_variance, message, ("advantage", "objective"))])
         if isinstance(self.credit, Gae) and self.optimal_baseline:
             message = "has no place beside advantage gae, which has a baseline of its own: leave it out"
             refuse([Misfit("optimal_baseline", self.optimal_baseline, message, ("advantage",))])

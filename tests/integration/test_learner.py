@@ -308,6 +308,40 @@ async def test_late_verdicts_are_trained_on_and_survive_a_kill(make_bench):
     assert int(newest.name.rpartition("_")[2]) > 3
 
 
+async def test_what_is_replayed_survives_a_kill(make_bench):
+    steps = 18
+    bench = make_bench(
+        "again", steps=steps, checkpoint_every=5, replay={"share": 0.5, "max_uses": 3, "ess_floor": 0.01}
+    )
+    async with bench.running():
+        await bench.until_step(8)
+        bench.learner.kill()
+        bench.learner.start()
+        summary = await bench.finished()
+        counts = await bench.broker_counts()
+    # The replayed steps drew the same groups and came to the same bits: their versions were published already.
+    assert summary["steps"] == summary["policy_version"] == steps
+    records = [json.loads(line) for line in (bench.run_dir / "learner" / "batches.jsonl").read_text().splitlines()]
+    assert len(records) > steps
+    last = {record["step"]: record for record in records}
+    uses = [tuple(use) for step in sorted(last) for use in last[step]["uses"]]
+    assert len(uses) == len(set(uses))
+    again = [(key, use) for key, use in uses if use > 1]
+    assert {use for _, use in again} == {2, 3}
+    assert len(again) > steps * 8
+    first = {key for key, use in uses if use == 1}
+    assert {key for key, _ in again} <= first
+    # A ticket is closed by its first use.
+    assert summary["rollouts_issued"] == steps * 16 + 12 == counts.issued
+    assert counts.states["trained"] == summary["rollouts_trained"] > steps * 8
+    line = json.loads((bench.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["replay/rollouts"] == 4 * line["replay/groups"] > 0
+    assert 0 < line["replay/ess"] <= 1
+    kept = list((bench.run_dir / "learner" / "replay").iterdir())
+    assert len(kept) == line["replay/kept_groups"]
+    assert sum(path.stat().st_size for path in kept) == line["replay/kept_bytes"]
+
+
 async def test_rollouts_of_versions_after_the_checkpoint_are_as_good_as_ever(make_bench):
     steps = 18
     bench = make_bench("ahead", steps=steps, checkpoint_every=10)

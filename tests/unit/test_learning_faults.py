@@ -47,10 +47,22 @@ def test_the_default_is_what_it_was():
         "quadratic": 1e-3,
     }
     assert train.credit.name == "group-mean"
-    assert (train.kl, train.ess_step, train.optimal_baseline, train.overlong) == (None,) * 4
+    assert (train.kl, train.ess_step, train.optimal_baseline, train.overlong, train.replay) == (None,) * 5
+    assert train.zero_variance == "skip"
 
 
 FAULTS = [
+    ({"replay": {"share": 1.0}}, "train.replay.share", "less than or equal to 0.9"),
+    ({"replay": {"max_uses": 1}}, "train.replay.max_uses", "greater than or equal to 2"),
+    ({"replay": {"priority": "size"}}, "train.replay.priority", "'uniform', 'recency', 'advantage' or 'difficulty'"),
+    ({"replay": {"evict": "newest"}}, "train.replay.evict", "'oldest', 'most-used' or 'least-priority'"),
+    ({"replay": {"age": 3}}, "train.replay.age", "unknown key; allowed here: admit, ess_floor"),
+    ({"zero_variance": "drop"}, "train.zero_variance", "'skip' or 'resample'"),
+    (
+        {"zero_variance": "resample", "objective": "reinforce++"},
+        "train.zero_variance",
+        "has no place beside advantage batch-whitened",
+    ),
     ({"objective": "nope"}, "train.objective.name", "must be one of dppo, reinforce, rloo, clip"),
     ({"objective": {"name": "clip", "clip_low": 1.5}}, "train.objective.clip_low", "less than or equal to 1"),
     ({"objective": {"name": "dppo", "clip_low": 0.1}}, "train.objective.clip_low", "unknown key; allowed here: max"),

@@ -19,7 +19,8 @@ class BatchRecord:
     epoch: int
     # In the order in which they were put together.
     groups: tuple[int, ...]
-    # (rollout_id, use) of every rollout in the batch, in order; the late ones come last.
+    # (rollout_id, use) of every rollout in the batch, in order: the groups', the late ones, and with a use above 1
+    # those that were trained on before.
     uses: tuple[tuple[str, int], ...]
     # Rollouts whose verdict came after their group had been trained on.
     late: tuple[str, ...] = ()
@@ -27,12 +28,19 @@ class BatchRecord:
     @property
     def members(self) -> list[tuple[int, int]]:
         """(group, index) of the rollouts of `groups`."""
-        return [_pair(key) for key, _ in self.uses[: len(self.uses) - len(self.late)]]
+        first = [key for key, use in self.uses if use == 1]
+        return [_pair(key) for key in first[: len(first) - len(self.late)]]
 
     @property
     def late_members(self) -> list[tuple[int, int]]:
         """(group, index) of the late ones."""
         return [_pair(key) for key in self.late]
+
+    @property
+    def replayed(self) -> list[tuple[int, int]]:
+        """(group, use) of the groups that were trained on before, in order."""
+        # A dictionary for its order: each group's rollouts stand together.
+        return list({(_pair(key)[0], use): None for key, use in self.uses if use > 1})
 
 
 class BatchLog:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longshore.config import TrainSpec
 from longshore.config_credit import Gae
+from longshore.learner.health import TokenHealth
 from longshore.learner.objectives.kl import kl_term
 from longshore.learner.objectives.normalise import scales, totals_of
 from longshore.learner.objectives.registry import Objective
@@ -60,6 +61,11 @@ class LossSums:
     reference_kl: float = 0.0
     same_version_tokens: int = 0
     same_version_kl: float = 0.0
+    # Tokens of the same version whose KV cache older weights had begun.
+    carried_tokens: int = 0
+    carried_kl: float = 0.0
+    # Masked tokens that had become more probable.
+    masked_high: float = 0.0
     # Of the value head: squared errors, returns, their squares, and errors.
     value_squares: float = 0.0
     value_errors: float = 0.0
@@ -95,7 +101,13 @@ class BatchLoss:
         self._keep: list[Tensor] | None = None
         self._advantages: list[Tensor] | None = None
         self._returns: list[Tensor] | None = None
+        # [sequences] whether its rollout was trained on before; None: none was.
+        again = torch.tensor([sequence.use > 1 for sequence in sequences], dtype=torch.bool)
+        self._again = again if bool(again.any()) else None
         self.sums = LossSums()
+        self.health = TokenHealth()
+        # Positions of the rollouts with a log-prob or a loss that is no number.
+        self.not_finite: set[int] = set()
 
     @property
     def num_tokens(self) -> int:
@@ -148,6 +160,7 @@ class BatchLoss:
         total = (loss * streams.weights * scale).sum()
         with torch.no_grad():
             self._count(tokens, streams, scores, result.loss, result.masked, others)
+            self._look(tokens, streams, loss, result.masked)
             self.sums.loss += float(total)
         return total
 
@@ -194,7 +207,8 @@ class BatchLoss:
         sums, log_ratio = self.sums, tokens.log_ratio
         ratio = log_ratio.exp()
         kl = ratio - 1 - log_ratio
-        same = streams.versions == self._version
+        same = (streams.versions == self._version) & ~streams.carried
+        carried = (streams.versions == self._version) & streams.carried
         sums.tokens += log_ratio.numel()
         sums.policy += float(policy_loss.sum())
         sums.entropy += float(scores.entropy.sum())
@@ -204,11 +218,23 @@ class BatchLoss:
         sums.ratio_max = max(sums.ratio_max, float(ratio.max()) if ratio.numel() else 0.0)
         sums.same_version_tokens += int(same.sum())
         sums.same_version_kl += float(kl[same].sum())
+        sums.carried_tokens += int(carried.sum())
+        sums.carried_kl += float(kl[carried].sum())
+        sums.masked_high += float((masked & (log_ratio > 0)).sum())
         if others.reference is not None:
             log_q = others.reference - tokens.logp
             sums.reference_kl += float((log_q.exp() - 1 - log_q).sum())
         if log_ratio.numel():
             sums.log_ratios.append(tokens.sums(log_ratio)[_one_of_each(streams.sequences)].cpu())
+
+    def _look(self, tokens: TokenBatch, streams: TokenStreams, loss: Tensor, masked: Tensor) -> None:
+        if self._again is not None:
+            self._again = self._again.to(streams.sequences.device)
+        again = None if self._again is None else self._again[streams.sequences]
+        self.health.add(tokens.log_ratio, tokens.ages, masked, again)
+        odd = ~(torch.isfinite(tokens.logp) & torch.isfinite(loss))
+        if bool(odd.any()):
+            self.not_finite.update(streams.rollouts[odd].unique().tolist())
 
     def metrics(self) -> dict[str, float]:
         """The metrics of the batch, after its last pass; `loss/policy` is a mean over tokens, `loss/total` what was
@@ -220,14 +246,18 @@ class BatchLoss:
             "loss/total": sums.loss,
             "policy/entropy": sums.entropy / tokens,
             "policy/masked_frac": sums.masked / tokens,
+            "policy/masked_high_frac": sums.masked_high / tokens,
             "mismatch_kl/mean": sums.kl / tokens,
             "is_ratio/mean": sums.ratio / tokens,
             "is_ratio/max": sums.ratio_max,
             "is_ratio/ess": ess_share(torch.cat(sums.log_ratios)) if sums.log_ratios else 1.0,
             "perf/trained_tokens": float(sums.tokens),
+            **self.health.metrics(),
         }
         if sums.same_version_tokens:
             metrics["mismatch_kl/same_version"] = sums.same_version_kl / sums.same_version_tokens
+        if sums.carried_tokens:
+            metrics["mismatch_kl/same_version_carried"] = sums.carried_kl / sums.carried_tokens
         if self._spec.kl is not None:
             metrics["reference_kl/mean"] = sums.reference_kl / tokens
         if self._returns is not None:

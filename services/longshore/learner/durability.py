@@ -18,6 +18,7 @@ from longshore.learner.disk import when_there_is_room
 from longshore.learner.groups import Ending, as_list
 from longshore.learner.intake import ends_of
 from longshore.learner.parts import Parts
+from longshore.learner.replay.buffer import Files
 from longshore.rollout_queue.rollouts import End
 
 # A broker writes its file every second; a replica may be some seconds behind.
@@ -71,10 +72,14 @@ class Durability:
             "ledger": parts.ledger.state(),
             "progress": parts.progress.state(),
             "epoch": parts.link.epoch,
+            "tasks": parts.tasks_known.state(),
             "covered": [[end.entry_id, end.ticket_key, end.outcome] for end in ends_of([*self._lately(), *covered])],
         }
+        files = Files()
+        if parts.replay is not None:
+            state["replay"], files = parts.replay.state(), parts.replay.begin_checkpoint()
         snapshot = take_snapshot(parts.trainer, parts.progress.step, state)
-        self._writing = asyncio.create_task(self._write(snapshot, covered, told))
+        self._writing = asyncio.create_task(self._write(snapshot, covered, told, files))
 
     async def settled(self) -> None:
         """Until the checkpoint before is durable and acknowledged. Raises what went wrong with it."""
@@ -87,12 +92,19 @@ class Durability:
         await self._parts.link.reconcile(told, self._parts.ledger.known_at_broker)
         metrics.RECONCILED.labels(*self._labels).inc()
 
-    async def _write(self, snapshot: Snapshot, covered: list[Ending], told: str) -> None:
+    async def _write(self, snapshot: Snapshot, covered: list[Ending], told: str, files: Files) -> None:
         # Else it would only be found out at the acknowledgement, with a checkpoint of the past on the disk.
         await self._parts.link.confirm()
+        buffer = self._parts.replay
+        if buffer is not None:
+            # Before the broker may forget what the files hold.
+            await when_there_is_room(lambda: buffer.make_durable(files), "groups to be replayed")
         await when_there_is_room(lambda: write_checkpoint(self._folder, snapshot), "a checkpoint")
         again = self._lately() if told else []
         await self._parts.link.acknowledge(ends_of([*again, *covered]))
+        if buffer is not None:
+            # Also after it was confirmed that no other learner has taken over, who may need them.
+            await asyncio.to_thread(buffer.remove, files)
         self._parts.ledger.acknowledged(covered)
         now = time.monotonic()
         self._recent.extend((now, ending) for ending in covered)

@@ -177,6 +177,7 @@ class LateMember:
     index: int
     rollout: Rollout
     baseline: Baseline
+    site: str = "home"
 
     @property
     def key(self) -> str:

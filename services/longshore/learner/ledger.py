@@ -10,7 +10,7 @@ verdicts are awaited then stay in the books as late ones, and each is settled by
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from longshore.learner.credit.group import Baseline
 from longshore.learner.groups import Ending, Group, LateMember, Origin, as_int, as_list, as_mapping
@@ -169,6 +169,13 @@ class Ledger:
             group.taken = True
         return taken
 
+    def take_ready_where(self, wanted: Callable[[Group], bool], count: int) -> list[Group]:
+        """Takes up to `count` of the groups that are `wanted`, wherever they stand in line, first come first."""
+        taken = [self.open[group_id] for group_id in self._ready if wanted(self.open[group_id])][: max(0, count)]
+        gone = {group.group_id for group in taken}
+        self._ready = deque(group_id for group_id in self._ready if group_id not in gone)
+        return taken
+
     def take_late(self, count: int) -> tuple[list[LateMember], list[Ending]]:
         """Takes up to `count` late members, first come first, and the endings of late tickets that got no rollout."""
         members: list[LateMember] = []
@@ -227,7 +234,8 @@ class Ledger:
 
     def _late_member(self, group: Group, index: int) -> LateMember:
         assert group.baseline is not None
-        return LateMember(group.group_id, index, group.rollouts[index], group.baseline)
+        site = group.sites.get(index, "home")
+        return LateMember(group.group_id, index, group.rollouts[index], group.baseline, site)
 
     # -- settlement --------------------------------------------------------------------------------------------------
 

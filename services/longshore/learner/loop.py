@@ -16,6 +16,7 @@ from typing import Any
 from longshore.errors import ConfigError, Interrupted
 from longshore.learner.batches import Batch, Batches
 from longshore.learner.broker_link import Cancelled
+from longshore.learner.credit.batch import CreditedBatch
 from longshore.learner.durability import Durability
 from longshore.learner.issuer import Issuer
 from longshore.learner.parts import Parts
@@ -30,6 +31,8 @@ EVALUATION = "evaluation"
 QUIET_S = 60.0
 # Batches' worth of groups that may come to nothing, one after another, before the job is given up.
 EMPTY_BATCHES = 4
+# Train steps that may come to nothing, one after another, because their gradients are no numbers.
+SPOILT_IN_A_ROW = 8
 
 
 class LearnerLoop:
@@ -43,7 +46,7 @@ class LearnerLoop:
         self.batches = Batches(parts)
         self.durability = Durability(parts)
         self.upkeep = Upkeep(parts, self.issuer, self.durability)
-        self._empty_in_a_row = 0
+        self._empty_in_a_row = self._spoilt_in_a_row = 0
 
     async def run(self) -> str:
         """Trains until the job is done. Returns its final state: "succeeded" or "cancelled".
@@ -89,7 +92,9 @@ class LearnerLoop:
         # Settling takes the rollouts out of the books: what is told of them is looked at first.
         told = batch_metrics(batch.groups, batch.late, version)
         self.progress.add_staleness(staleness_of(batch.groups, batch.late, version))
-        self.durability.add(self.batches.settle(batch, credited))
+        spoilt = await self._is_spoilt(number, results, credited)
+        self.durability.add(await self.batches.settle(batch, credited, results.get("replay/ess"), spoilt))
+        told |= self.batches.metrics(batch)
         clock = time.monotonic()
         await self._publish(number)
         # The version is on its way, so the batch counts as consumed and its places are free.
@@ -99,6 +104,22 @@ class LearnerLoop:
         is_due = number % self.spec.train.checkpoint_every == 0
         if (is_due or self.durability.overdue) and number < self.spec.train.steps:
             await self.durability.checkpoint()
+
+    async def _is_spoilt(self, number: int, results: dict[str, float], credited: CreditedBatch) -> bool:
+        """Whether a step's gradient was no number, so that it was not taken: says of which rollouts that came."""
+        if not results.get("optim/skipped"):
+            self._spoilt_in_a_row = 0
+            return False
+        self._spoilt_in_a_row += 1
+        positions = self.parts.trainer.not_finite
+        whose = [credited.rollout_ids[position] for position in positions] or credited.rollout_ids
+        await self.reporter.spoilt(number, whose, in_logprobs=bool(positions))
+        if self._spoilt_in_a_row >= SPOILT_IN_A_ROW:
+            raise ConfigError(
+                f"the gradients of {self._spoilt_in_a_row} train steps in a row were not finite; the last one's "
+                f"rollouts are in learner/not_finite.jsonl: lower train.learning_rate, or see what they have in common"
+            )
+        return True
 
     async def _while_taking_in(self, step: Coroutine[Any, Any, dict[str, float]]) -> dict[str, float]:
         """Runs a train step and meanwhile takes in what comes home, so that the next batch need not wait for it."""
@@ -117,7 +138,7 @@ class LearnerLoop:
         # Also where there is always a batch to train on.
         await self._look_up()
         while True:
-            batch, endings = self.batches.take()
+            batch, endings = await self.batches.take()
             self.durability.add(endings)
             if batch is not None:
                 self._empty_in_a_row = 0

@@ -34,6 +34,12 @@ REJECTED = Counter(
 )
 AWAITING = Gauge("longshore_learner_rollouts_awaiting_verdict", "Rollouts at home that await their verdict", LABELS)
 LATE = Counter("longshore_learner_late_members_total", "Rollouts whose verdict came after their group's step", LABELS)
+PASSED_OVER = Counter(
+    "longshore_learner_groups_passed_over_total", "Groups of equal rewards in whose place others were issued", LABELS
+)
+SPOILT = Counter(
+    "longshore_learner_steps_not_finite_total", "Train steps not taken because their gradient was no number", LABELS
+)
 UNACKNOWLEDGED = Gauge(
     "longshore_learner_unacknowledged_bytes",
     "Rollouts trained on or accounted that no durable checkpoint contains",

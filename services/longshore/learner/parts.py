@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from longshore.config import JobSpec
 from longshore.learner.broker_link import BrokerLink
+from longshore.learner.difficulty import TaskBook
 from longshore.learner.intake import Intake
 from longshore.learner.ledger import Ledger
 from longshore.learner.progress import Progress
 from longshore.learner.prompts import Prompts
 from longshore.learner.publisher import Publisher
+from longshore.learner.replay.buffer import ReplayBuffer
 from longshore.learner.reporter import Reporter
 from longshore.learner.trainer import Trainer
 from longshore.tasks.source import TrainCursor
@@ -40,3 +42,6 @@ class Parts:
     max_unacknowledged: int
     # None: rollouts carry their prompts.
     prompts: Prompts | None = None
+    tasks_known: TaskBook = field(default_factory=TaskBook)
+    # None: rollouts are trained on once.
+    replay: ReplayBuffer | None = None

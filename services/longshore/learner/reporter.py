@@ -12,7 +12,9 @@ import structlog
 from longshore.config import JobSpec
 from longshore.learner import metrics
 from longshore.learner.disk import when_there_is_room
+from longshore.learner.durable_lines import append_line
 from longshore.learner.groups import Group
+from longshore.learner.health_metrics import observe_line
 from longshore.learner.ledger import Ledger
 from longshore.learner.progress import Progress
 from longshore.learner.report import MetricsFile, draw_reward, first_and_last, write_json
@@ -22,6 +24,8 @@ log = structlog.get_logger()
 
 # Train steps over which the pace is averaged for the time that is left.
 PACE_STEPS = 20
+# Rollouts that a warning names.
+_NAMED = 20
 # An evaluation reports at most this often, in seconds.
 EVALUATION_EVERY_S = 0.5
 
@@ -54,6 +58,18 @@ class Reporter:
     async def warn(self, message: str) -> None:
         log.warning(message)
         await self._publish({"type": "warning", "message": message})
+
+    async def spoilt(self, step: int, rollouts: Sequence[str], *, in_logprobs: bool) -> None:
+        """A train step that was not taken: `rollouts` have log-probs or losses that are no numbers, or else, all of
+        them together, the gradient."""
+        item = {"step": step, "rollouts": list(rollouts), "in_logprobs": in_logprobs}
+        path = self._run_dir / "learner" / "not_finite.jsonl"
+        await when_there_is_room(lambda: append_line(path, item), "a record of rollouts")
+        metrics.SPOILT.labels(*self._labels).inc()
+        what = "log-probs of" if in_logprobs else "gradient of a batch with"
+        more = f" and {len(rollouts) - _NAMED} more" if len(rollouts) > _NAMED else ""
+        named = f"{what} rollouts {', '.join(rollouts[:_NAMED])}{more}"
+        await self.warn(f"train step {step} was not taken and its batch is accounted as not_finite: {named}")
 
     async def warm_start(self, step: int, loss: float) -> None:
         steps = self._spec.warm_start.steps if self._spec.warm_start else step
@@ -106,6 +122,7 @@ class Reporter:
         metrics.WAIT_SECONDS.labels(*self._labels).inc(times["wait_for_batch"])
         metrics.TOKENS.labels(*self._labels).inc(line["tokens/sampled"])
         metrics.IN_FLIGHT.labels(*self._labels).set(ledger.num_out)
+        observe_line(self._labels, line)
         for outcome, count in ledger.outcomes.items():
             metrics.TICKETS.labels(*self._labels, outcome).set(count)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from longshore.types import Rollout, SampledSpan, Segment
+from longshore.types import KvMark, Rollout, SampledSpan, Segment
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class TrainSequence:
     weights: list[float]
     # What was earned at the token: for a value head, from which advantages are then made.
     rewards: list[float]
+    # Whether it was drawn with a KV cache that older weights had begun.
+    carried: list[bool]
+    # Which training on its rollout this is, from 1.
+    use: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ class Credit:
     weight: float = 1.0
 
 
-def sequences_of(rollout: Rollout, credit: Credit, position: int = 0, group: int = 0) -> list[TrainSequence]:
+def sequences_of(
+    rollout: Rollout, credit: Credit, position: int = 0, group: int = 0, use: int = 1
+) -> list[TrainSequence]:
     """The trainable sequences of one rollout: each segment behind its parent's prefix, which carries no loss twice.
 
     Args:
@@ -52,6 +58,7 @@ def sequences_of(rollout: Rollout, credit: Credit, position: int = 0, group: int
         credit: of its tokens; rewards can be left out.
         position: of the rollout in the batch.
         group: position of its group in the batch.
+        use: which training on the rollout this is.
     """
     count = rollout.num_sampled
     if len(credit.advantages) != count or len(credit.rewards) not in (0, count):
@@ -62,13 +69,13 @@ def sequences_of(rollout: Rollout, credit: Credit, position: int = 0, group: int
     made: list[TrainSequence] = []
     used = 0
     for segment in rollout.segments:
-        sequence = _empty(_prefix(segment, by_id), segment, position, group)
+        sequence = _empty(_prefix(segment, by_id), segment, position, group, use)
         used = _fill(sequence, rollout, segment, credit, used)
         made.append(sequence)
     return made
 
 
-def _empty(prefix: list[int], segment: Segment, position: int, group: int) -> TrainSequence:
+def _empty(prefix: list[int], segment: Segment, position: int, group: int, use: int) -> TrainSequence:
     length = len(prefix) + len(segment.token_ids)
     return TrainSequence(
         rollout=position,
@@ -82,6 +89,8 @@ def _empty(prefix: list[int], segment: Segment, position: int, group: int) -> Tr
         advantages=[0.0] * length,
         weights=[0.0] * length,
         rewards=[0.0] * length,
+        carried=[False] * length,
+        use=use,
     )
 
 
@@ -99,6 +108,7 @@ def _fill(made: TrainSequence, rollout: Rollout, segment: Segment, credit: Credi
             made.versions[start:end] = [span.version] * span.length
             made.advantages[start:end] = credit.advantages[used : used + span.length]
             made.weights[start:end] = [credit.weight] * span.length
+            made.carried[start:end] = [span.kv is KvMark.CARRIED] * span.length
             if credit.rewards:
                 made.rewards[start:end] = credit.rewards[used : used + span.length]
             used += span.length

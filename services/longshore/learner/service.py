@@ -15,6 +15,7 @@ from longshore.config import JobSpec, WarmStartSpec
 from longshore.learner.broker_link import BrokerLink, Cancelled
 from longshore.learner.checkpoint import Snapshot, load_newest, restore_snapshot, take_snapshot, write_checkpoint
 from longshore.learner.config import LearnerSettings
+from longshore.learner.difficulty import TaskBook
 from longshore.learner.disk import when_there_is_room
 from longshore.learner.durability import covered_by
 from longshore.learner.durable_lines import newest_epoch
@@ -26,6 +27,7 @@ from longshore.learner.parts import Parts
 from longshore.learner.progress import Progress
 from longshore.learner.prompts import Prompts
 from longshore.learner.publisher import Lineage, Publisher, VersionLog
+from longshore.learner.replay.buffer import ReplayBuffer
 from longshore.learner.reporter import Reporter
 from longshore.learner.trainer import Trainer
 from longshore.learner.warm_start import demonstrations, warm_start
@@ -92,7 +94,8 @@ async def _run(
             return
     restore_snapshot(trainer, snapshot)
     await link.acknowledge(covered_by(snapshot))
-    progress, ledger = _progress(snapshot), _ledger(snapshot)
+    progress, ledger, tasks_known = _progress(snapshot), _ledger(snapshot), TaskBook()
+    tasks_known.restore(snapshot.state.get("tasks", []))
 
     publisher = Publisher(
         weights,
@@ -125,6 +128,8 @@ async def _run(
         stop=stop,
         max_unacknowledged=int(settings.unacknowledged_mb * 1024 * 1024),
         prompts=prompts,
+        tasks_known=tasks_known,
+        replay=await asyncio.to_thread(_replay, settings, spec, snapshot, link.epoch, tasks_known),
     )
     state = await LearnerLoop(parts).run()
     await reporter.phase("saving")
@@ -224,6 +229,22 @@ def _ledger(snapshot: Snapshot) -> Ledger:
     state = snapshot.state["ledger"]
     assert isinstance(state, dict)
     return Ledger.restore(state)
+
+
+def _replay(
+    settings: LearnerSettings, spec: JobSpec, snapshot: Snapshot, epoch: int, tasks_known: TaskBook
+) -> ReplayBuffer | None:
+    """The replay buffer as the checkpoint has it, where the job has one."""
+    if spec.train.replay is None:
+        return None
+
+    def success(task_id: str, otherwise: float) -> float:
+        known = tasks_known.success(task_id)
+        return otherwise if known is None else known
+
+    buffer = ReplayBuffer(settings.run_dir / "learner" / "replay", spec.train.replay, spec.seed, epoch, success)
+    buffer.restore(snapshot.state.get("replay"))
+    return buffer
 
 
 def main() -> int:

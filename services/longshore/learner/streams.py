@@ -33,6 +33,8 @@ class TokenStreams:
     groups: Tensor
     rollouts: Tensor
     turns: Tensor
+    # Whether the token was drawn with a KV cache that older weights had begun.
+    carried: Tensor
 
     @staticmethod
     def joined(parts: Sequence[TokenStreams]) -> TokenStreams:
@@ -73,4 +75,5 @@ def streams_of(numbered: Iterable[tuple[int, TrainSequence]]) -> TokenStreams:
         groups=repeated(one.group for one in sequences),
         rollouts=repeated(one.rollout for one in sequences),
         turns=stream((one.turns for one in sequences), torch.long),
+        carried=stream((one.carried for one in sequences), torch.bool),
     )

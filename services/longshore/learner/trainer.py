@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -49,6 +50,8 @@ class Trainer:
         self.value_head = None
         if isinstance(spec.credit, Gae):
             self.value_head = new_value_head(policy.config.hidden_size).to(self.compute.device)
+        # Of the last step: positions of rollouts with a log-prob or a loss that is no number.
+        self.not_finite: list[int] = []
         self._parameters = [parameter for _, parameter in self.named_parameters()]
         self.optimizer = torch.optim.AdamW(
             self._parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay, betas=(0.9, 0.95), fused=True
@@ -78,6 +81,7 @@ class Trainer:
         """
         loss = BatchLoss(self.spec, self.objective, sequences, policy_version, self._reply_limit)
         rate = self.learning_rate(number)
+        self.not_finite = []
         if loss.num_tokens == 0:
             return self._metrics(loss, 0.0, rate)
         self.optimizer.zero_grad(set_to_none=True)
@@ -93,6 +97,7 @@ class Trainer:
             if loss.wants_preview and len(micros) == 1:
                 loss.preview([(micro.streams, scores)])
             loss.add(place, micro.streams, scores, others[place]).backward()
+        self.not_finite = sorted(loss.not_finite)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.spec.max_grad_norm)
         rate *= loss.step_scale()
         for group in self.optimizer.param_groups:
@@ -118,12 +123,10 @@ class Trainer:
         return [Others(**{name: values[place] for name, values in found.items()}) for place in range(len(micros))]
 
     def _metrics(self, loss: BatchLoss, norm: float, rate: float) -> dict[str, float]:
-        return {
-            **loss.metrics(),
-            "optim/lr": rate,
-            "optim/grad_norm": norm if norm == norm else 0.0,
-            "optim/skipped": float(norm != norm or norm == float("inf")),
-        }
+        metrics = {**loss.metrics(), "optim/lr": rate, "optim/grad_norm": norm}
+        # JSON has no word for what is not finite.
+        told = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        return {**told, "optim/skipped": float(not math.isfinite(norm))}
 
 
 def canary_logprobs(policy: torch.nn.Module, token_ids: Sequence[int]) -> list[float]:

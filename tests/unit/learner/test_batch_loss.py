@@ -7,57 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_batches import LIMIT, loss_of, sequence
 
 from longshore.config import TrainSpec
 from longshore.config_objective import AnyObjective, EssStepSpec
-from longshore.learner.batch_loss import BatchLoss, Others, Scores
+from longshore.learner.batch_loss import Others
 from longshore.learner.objectives.normalise import scales, totals_of
-from longshore.learner.objectives.registry import build_objective
 from longshore.learner.objectives.variance import ess_share, optimal_baseline, squared_gradients, step_scale
-from longshore.learner.sequences import TrainSequence
-from longshore.learner.streams import streams_of
 
 NAMES = [spec.model_fields["name"].default for spec in AnyObjective.__args__]
-LIMIT = 10
-
-
-def sequence(rollout, advantage, behaviour, version=0, group=0, weight=1.0):
-    """A prompt of one token and a reply of as many as have log-probs."""
-    count = len(behaviour)
-    return TrainSequence(
-        rollout=rollout,
-        group=group,
-        token_ids=[5] + [6] * count,
-        sampled=[False] + [True] * count,
-        behaviour=[0.0, *behaviour],
-        temperature=[1.0] * (count + 1),
-        versions=[-1] + [version] * count,
-        turns=[-1] + [0] * count,
-        advantages=[0.0] + [advantage] * count,
-        weights=[0.0] + [weight] * count,
-        rewards=[0.0] * (count + 1),
-    )
-
-
-def loss_of(spec, sequences, logps, parts, others=None):
-    """Loss, gradient and metrics of a batch whose log-probs are `logps` (a list a sequence), computed in `parts` (each
-    a list of sequence numbers)."""
-    parameters = [torch.tensor(values, dtype=torch.float32, requires_grad=True) for values in logps]
-    loss = BatchLoss(spec, build_objective(spec.objective), sequences, 7, LIMIT)
-    passes = []
-    for part in parts:
-        logp = torch.cat([parameters[number] for number in part])
-        scores = Scores(logp, torch.zeros_like(logp), (2 * logp).exp().detach() + 0.01)
-        passes.append((streams_of([(number, sequences[number]) for number in part]), scores))
-    if loss.wants_preview:
-        loss.preview(passes)
-    total = 0.0
-    for number, (streams, scores) in enumerate(passes):
-        extra = Others() if others is None else others(parts[number])
-        share = loss.add(number, streams, scores, extra)
-        share.backward()
-        total += float(share.detach())
-    return total, [parameter.grad.tolist() for parameter in parameters], loss
 
 
 BATCH = [

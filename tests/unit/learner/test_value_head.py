@@ -37,6 +37,7 @@ def streams(rewards, rollouts, sequences):
         groups=numbers,
         rollouts=torch.tensor(rollouts, dtype=torch.long),
         turns=numbers,
+        carried=numbers.bool(),
     )
 
 

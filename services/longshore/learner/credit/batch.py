@@ -39,6 +39,17 @@ Advantages = list[list[list[float]]]
 
 
 @dataclass(frozen=True)
+class Again:
+    """A group that was trained on before."""
+
+    rollouts: Sequence[Rollout]
+    # Which training on it this is, from 2.
+    use: int
+    # Of each of its tokens in the batch's loss.
+    weight: float
+
+
+@dataclass(frozen=True)
 class CreditedBatch:
     """What one train step is taken on, and which parts of the batch have a gradient at all."""
 
@@ -48,10 +59,15 @@ class CreditedBatch:
     late_signals: list[bool]
     # [group][G] what the members are taken to have earned.
     rewards: list[list[float]]
+    # [R] ids of the rollouts whose sequences these are, by `TrainSequence.rollout`.
+    rollout_ids: list[str]
 
 
 def credit_batch(
-    groups: Sequence[Sequence[Rollout]], late: Sequence[tuple[Rollout, Baseline]], train: TrainSpec
+    groups: Sequence[Sequence[Rollout]],
+    late: Sequence[tuple[Rollout, Baseline]],
+    train: TrainSpec,
+    again: Sequence[Again] = (),
 ) -> CreditedBatch:
     """Credits the rollouts of a batch. A group, or a late member, without a single advantage other than 0 is left out:
     it has no gradient. With a value head every rollout is kept: there is a value to be learned from it.
@@ -60,33 +76,36 @@ def credit_batch(
         groups: the scored rollouts of each group.
         late: scored rollouts whose groups were trained on before, each with what its group earned then.
         train: the kind of credit, and what long rollouts lose.
+        again: groups that are replayed; they are credited like the others.
     """
     cohorts = [Cohort(tuple(member_of(rollout, train.overlong) for rollout in group)) for group in groups]
     cohorts += [Cohort((member_of(rollout, train.overlong),), baseline) for rollout, baseline in late]
+    cohorts += [Cohort(tuple(member_of(rollout, train.overlong) for rollout in group.rollouts)) for group in again]
     spec = train.credit
     advantages = None if isinstance(spec, Gae) else credit(cohorts, spec)
     sequences: list[TrainSequence] = []
     signals: list[bool] = []
-    position = 0
-    for number, rollouts in enumerate([*groups, *([rollout] for rollout, _ in late)]):
+    ids: list[str] = []
+    fresh = [Again(rollouts, 1, 1.0) for rollouts in [*groups, *([rollout] for rollout, _ in late)]]
+    for number, group in enumerate([*fresh, *again]):
         if advantages is None:
-            own = [_to_be_valued(member) for member in cohorts[number].members]
+            own = [_to_be_valued(member, group.weight) for member in cohorts[number].members]
         else:
-            own = [Credit(row) for row in advantages[number]]
+            own = [Credit(row, weight=group.weight) for row in advantages[number]]
         signals.append(advantages is None or _any_signal(advantages[number]))
         if signals[-1]:
-            for rollout, credited in zip(rollouts, own, strict=True):
-                sequences += sequences_of(rollout, credited, position, number)
-                position += 1
+            for rollout, credited in zip(group.rollouts, own, strict=True):
+                sequences += sequences_of(rollout, credited, len(ids), number, group.use)
+                ids.append(rollout.ref.key)
     rewards = [cohort.rewards for cohort in cohorts[: len(groups)]]
-    return CreditedBatch(sequences, signals[: len(groups)], signals[len(groups) :], rewards)
+    return CreditedBatch(sequences, signals[: len(groups)], signals[len(groups) : len(fresh)], rewards, ids)
 
 
-def _to_be_valued(member: Member) -> Credit:
+def _to_be_valued(member: Member, weight: float) -> Credit:
     rewards = rewards_to_tokens(member)
     if rewards:
         rewards[-1] += member.reward
-    return Credit([0.0] * len(rewards), rewards)
+    return Credit([0.0] * len(rewards), rewards, weight)
 
 
 def _any_signal(advantages: Sequence[Sequence[float]]) -> bool:
