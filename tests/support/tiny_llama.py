@@ -17,12 +17,18 @@ torch.set_num_threads(1)
 
 
 def tiny_model(
-    seed: int, *, kv_heads: int = 2, tie: bool = True, theta: float = 5000.0, context: int = CONTEXT
+    seed: int,
+    *,
+    kv_heads: int = 2,
+    tie: bool = True,
+    theta: float = 5000.0,
+    context: int = CONTEXT,
+    vocabulary: int = VOCABULARY,
 ) -> LlamaForCausalLM:
     """A model whose distributions are neither flat nor certain; equal seeds give equal weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=3,

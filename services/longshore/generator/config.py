@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from longshore.settings import JobProcessSettings
@@ -17,3 +19,9 @@ class GeneratorSettings(JobProcessSettings):
     max_waiting: int = Field(4096, ge=0, description="requests that may wait for a slot; more are refused")
     cache_mb: int = Field(4096, ge=1, description="most memory of the KV cache, in MiB; bounds the context")
     max_request_s: float = Field(600.0, gt=0, description="seconds after which any request ends, whatever it asked for")
+    openai_listen: str = Field("", description="host:port of the OpenAI-compatible interface; empty: there is none")
+    openai_keys_file: Path | None = Field(None, description="names and digests of the API keys that it lets in")
+    openai_url_file: Path | None = Field(None, description="file that it writes its base URL to, while it listens")
+    openai_tls_cert: Path | None = Field(None, description="PEM file of its certificate's chain")
+    openai_tls_key: Path | None = Field(None, description="PEM file of its certificate's key")
+    openai_replies_per_key: int = Field(256, ge=1, description="replies that each API key may have in the works")

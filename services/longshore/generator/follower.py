@@ -61,6 +61,8 @@ class Follower:
         self._on_version = on_version
         self._labels = (job.project, job.job)
         self._engine: Engine | None = None
+        # The files that came with the weights, as the newest version that was staged names them.
+        self.assets: dict[str, bytes] = {}
         self._assets_sha256 = ""
         self._config = b""
         self._views = TorchViews()
@@ -208,7 +210,8 @@ class Follower:
         """The engine of the model that an asset bundle describes; there is one model to a job."""
         if self._engine is not None and assets_sha256 == self._assets_sha256:
             return self._engine
-        config = (await self._source.assets(assets_sha256)).get("config.json")
+        assets = await self._source.assets(assets_sha256)
+        config = assets.get("config.json")
         if config is None:
             raise IntegrityError("the version's assets hold no config.json")
         if self._engine is None:
@@ -216,7 +219,7 @@ class Follower:
             self._config = config
         elif config != self._config:
             raise IntegrityError("the version is of another model than the one that is served")
-        self._assets_sha256 = assets_sha256
+        self._assets_sha256, self.assets = assets_sha256, assets
         return self._engine
 
 

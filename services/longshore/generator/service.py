@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -30,6 +30,9 @@ from longshore.rpc.server import RpcServer, rpc_method, rpc_stream
 from longshore.settings import JobFile
 from longshore.types import JobRef, VersionConstraint
 from longshore.weights.client import Copies, WeightsClient
+
+if TYPE_CHECKING:
+    from longshore.generator.openai_http.serving import OpenAiServer
 
 SERVICE = "longshore.proto.v1.GeneratorService"
 
@@ -203,34 +206,51 @@ async def serve(settings: GeneratorSettings, stop: asyncio.Event) -> None:
     copies: Copies[int] = Copies(HELD_VERSIONS, settings.held_mb * 1024 * 1024)
     client = WeightsClient(settings.weights, job.ref, bytes.fromhex(job.learner_public_key), copies)
     host = _EngineHost(settings, job, calls)
+    http = _openai(settings, job, calls, stop)
 
     async def on_version(engine: Engine) -> None:
         if calls.engine is None:
+            if http is not None:
+                await http.read(follower.assets)
             calls.engine = engine
             await server.set_serving(SERVICE, True)
 
     follower = Follower(client, host.make, on_version, job.ref, settings.follow)
     calls.keep = follower.keep
     await server.start()
+    serving_http = [] if http is None else [asyncio.create_task(http.run())]
     try:
-        await _first_to_end(stop, follower, host.ended)
+        await _first_to_end(stop, follower, host.ended, *serving_http)
     finally:
         await client.close()
         # Without its engine no reply will finish.
-        await server.drain(settings.drain_s if stop.is_set() else 0.0)
+        drain_s = settings.drain_s if stop.is_set() else 0.0
+        for serving in [] if stop.is_set() else serving_http:
+            serving.cancel()
+        await asyncio.gather(server.drain(drain_s), *serving_http, return_exceptions=True)
         await host.close()
 
 
-async def _first_to_end(stop: asyncio.Event, follower: Follower, engine_ended: asyncio.Future[None]) -> None:
-    """Returns when told to stop; raises what the follower or the engine ended with (law 9)."""
+def _openai(settings: GeneratorSettings, job: JobFile, calls: Calls, stop: asyncio.Event) -> OpenAiServer | None:
+    """The OpenAI-compatible interface, where an address is set for it; what it needs is imported only then."""
+    if not settings.openai_listen:
+        return None
+    from longshore.generator.openai_http.serving import OpenAiServer
+
+    return OpenAiServer(settings, job, calls, stop)
+
+
+async def _first_to_end(stop: asyncio.Event, follower: Follower, *others: asyncio.Future[None]) -> None:
+    """Returns when told to stop; raises what the follower, or a future of the others, ended with (law 9)."""
     stopped, following = asyncio.create_task(stop.wait()), asyncio.create_task(follower.run())
     try:
-        await asyncio.wait((stopped, following, engine_ended), return_when=asyncio.FIRST_COMPLETED)
-        for ended in (following, engine_ended):
+        waited: list[asyncio.Future[Any]] = [stopped, following, *others]
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        for ended in waited:
             if ended.done():
                 ended.result()
         if not stopped.done():
-            raise Unavailable("the follower or the engine ended by itself")
+            raise Unavailable("the follower, the engine or a server ended by itself")
     finally:
         stopped.cancel()
         following.cancel()

@@ -100,6 +100,8 @@ async def serve_http(
 ) -> None:
     """Serves until `stop` is set, then lets requests end for `drain_s` seconds. `on_listening` is told the address.
 
+    When it is cancelled, requests are ended at once.
+
     Args:
         variable: the setting that `listen` came from.
         certificate: PEM files of the certificate's chain and its key; None: plain text.
@@ -135,6 +137,9 @@ async def serve_http(
         log.info("serving http", address=f"{host}:{port}")
         await on_listening(f"{host}:{port}")
         await stop.wait()
+    except asyncio.CancelledError:
+        server.force_exit = True
+        raise
     finally:
         server.should_exit = True
         await serving
