@@ -92,11 +92,15 @@ class OpenAiSite:
         client = WeightsClient(self.store.address, self.job, self.key.public_key)
         try:
             await client.register_key(keep=8)
-            files = {"config.json": config_json(model), **assets(self.template)}
+            files = {"config.json": config_json(model), **self.tokenizer()}
             await client.publish(self.key, draft, tensors, files)
         finally:
             await client.close()
         return version
+
+    def tokenizer(self) -> dict[str, bytes]:
+        """Without a token that ends replies: those of a model that draws at random would end at any moment."""
+        return assets(self.template, eos_token=None)
 
     def client(self, key: str = KEY, **options: object) -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=WAIT_S, **options)  # type: ignore[arg-type]
