@@ -192,7 +192,7 @@ class ResourcesSpec(Spec):
     """How many processes, and how wide each is."""
 
     actors: int = Field(2, ge=0, le=1024, description="0: the sites below do all the work")
-    generators: int = Field(1, ge=1, le=1, description="more than one comes with load balancing in the actor")
+    generators: int = Field(1, ge=1, le=1024, description="actors spread their requests over them")
     verifiers: int = Field(1, ge=1, le=1, description="each has `verifier_workers` scoring processes")
     rollouts_per_actor: int = Field(64, ge=1, le=4096)
     generator_slots: int = Field(128, ge=1, le=4096, description="requests decoded together")
@@ -209,11 +209,12 @@ class ResourcesSpec(Spec):
 
 
 class SiteSpec(Spec):
-    """A rollout site: a broker, a relay, a generator, a verifier and actors of its own."""
+    """A rollout site: a broker, a relay, a verifier, generators and actors of its own."""
 
     name: Name
     actors: int = Field(1, ge=1, le=1024)
     rollouts_per_actor: int | None = Field(None, ge=1, le=4096, description="absent: as in resources")
+    generators: int | None = Field(None, ge=1, le=1024, description="absent: as in resources")
     generator_slots: int | None = Field(None, ge=1, le=4096, description="absent: as in resources")
     allowance: int | None = Field(
         None, ge=1, le=1_000_000, description="tickets that it may hold at a time; absent: twice what it works on"
@@ -247,7 +248,8 @@ class JobSpec(Spec):
         """What the processes of a site have to themselves."""
         for spec in self.sites:
             if spec.name == site:
-                own = spec.model_dump(include={"actors", "rollouts_per_actor", "generator_slots"}, exclude_none=True)
+                widths = {"actors", "rollouts_per_actor", "generators", "generator_slots"}
+                own = spec.model_dump(include=widths, exclude_none=True)
                 return self.resources.model_copy(update=own)
         return self.resources
 

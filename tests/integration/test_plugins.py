@@ -61,7 +61,7 @@ class Guesses:
     async def __call__(self, token_ids: list[int], sampling: Sampling, turn: int) -> Reply:
         self.prompts.append(self._renderer.text(token_ids))
         ids = self._renderer.reply_ids(self._words[turn])
-        return Reply(ids, [SampledSpan(turn, (-0.5,) * len(ids))], FinishReason.STOP, ENGINE)
+        return Reply(ids, [SampledSpan(turn, (-0.5,) * len(ids))], FinishReason.STOP, (ENGINE,))
 
 
 def test_the_job_is_fine_where_they_are_installed(spec: JobSpec) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from longshore.proto.v1 import (
     generator_pb2,
@@ -18,6 +19,7 @@ from longshore.proto.v1 import (
     verifier_pb2_grpc,
 )
 
+SERVICE = "longshore.proto.v1.GeneratorService"
 ENGINE = rollout_pb2.EngineFingerprint(engine="scripted", engine_version="1", dtype="float32")
 Step = generator_pb2.GenerateResponse | grpc.StatusCode | float
 
@@ -50,6 +52,11 @@ class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
         self.scripts = list(scripts)
         self.requests: list[generator_pb2.GenerateRequest] = []
         self.asked, self.cancelled = asyncio.Event(), asyncio.Event()
+        # What it says of itself.
+        self.status = generator_pb2.GetStatusResponse(policy_version=0, max_running_requests=64)
+
+    async def GetStatus(self, request: Any, context: Any) -> generator_pb2.GetStatusResponse:
+        return self.status
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[generator_pb2.GenerateResponse]:
         self.requests.append(request)
@@ -96,11 +103,20 @@ class Peers:
         self.verifier = verifier
         self.address = f"127.0.0.1:{port}"
         self._server: grpc.aio.Server | None = None
+        self._health: Any = None
+
+    async def serves(self, serving: bool) -> None:
+        """What health says of the generator."""
+        status = health_pb2.HealthCheckResponse
+        await self._health.set(SERVICE, status.SERVING if serving else status.NOT_SERVING)
 
     async def start(self) -> None:
         self._server = grpc.aio.server()
         generator_pb2_grpc.add_GeneratorServiceServicer_to_server(self.generator, self._server)
         verifier_pb2_grpc.add_VerifierServiceServicer_to_server(self.verifier, self._server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        await self.serves(True)
         self._server.add_insecure_port(self.address)
         await self._server.start()
 

@@ -1,4 +1,4 @@
-"""The generator and the verifier as an episode sees them: gRPC calls with deadlines and bounded retries."""
+"""The generators and the verifier as an episode sees them."""
 
 from __future__ import annotations
 
@@ -10,83 +10,38 @@ from collections.abc import Callable
 import grpc
 import grpc.aio
 
-from longshore.actor.episode import AttemptFailed, Reply
-from longshore.actor.replies import ReplyBuilder
+from longshore.actor.drawing import Drawer, Wanted
+from longshore.actor.episode import Reply
 from longshore.actor.retry import persist
 from longshore.errors import Rejected, Unavailable
-from longshore.proto.v1 import generator_pb2, generator_pb2_grpc, verdict_pb2, verifier_pb2, verifier_pb2_grpc
+from longshore.proto.v1 import verdict_pb2, verifier_pb2, verifier_pb2_grpc
 from longshore.rpc import convert
 from longshore.tasks.verification import ScoreRequest
-from longshore.types import Sampling, Ticket, Verdict
+from longshore.types import Sampling, Ticket, Verdict, VersionConstraint
 
 _Code = grpc.StatusCode
 # Tries of one score that the verifier itself gave up on: a reply that breaks a scorer breaks it again.
 MAX_SCORE_TRIES = 2
-# Tries of one reply on which the generator fails with an error that is not "away".
-MAX_FAILED_REPLIES = 5
 
 
 class GeneratorClient:
-    """Draws replies for any number of rollouts over one channel."""
+    """Draws replies for any number of rollouts."""
 
-    def __init__(
-        self,
-        channel: grpc.aio.Channel,
-        timeout_s: float,
-        patience_s: float,
-        on_retry: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._stub = generator_pb2_grpc.GeneratorServiceStub(channel)
-        self._timeout_s = timeout_s
-        self._patience_s = patience_s
-        self._on_retry = on_retry
+    def __init__(self, drawer: Drawer) -> None:
+        self._drawer = drawer
 
     async def generate(
         self, ticket: Ticket, attempt: int, token_ids: list[int], sampling: Sampling, turn: int
     ) -> Reply:
-        """One reply; a reply that broke off is drawn anew.
-
-        Raises:
-            Rejected: reason `prompt` when the generator refuses the request, `version` when the ticket's policy
-                version is gone.
-            AttemptFailed: it failed on the request again and again.
-            Unavailable: no generator answered within the patience.
-        """
-        request = generator_pb2.GenerateRequest(
-            job=convert.job_to_proto(ticket.ref.job),
+        """One reply. Raises what Drawer.draw raises."""
+        wanted = Wanted(
+            name=f"{ticket.ref.key}/{attempt}/{turn}",
             token_ids=token_ids,
-            sampling=convert.sampling_to_proto(sampling),
-            version=convert.version_to_proto(ticket.version) if ticket.version else None,
-            prefix_key=str(ticket.ref.group_id),
+            sampling=sampling,
+            prefixes=(ticket.ref.key, str(ticket.ref.group_id)),
+            version=ticket.version or VersionConstraint(),
         )
-        tries = itertools.count()
-
-        async def once() -> Reply:
-            number = next(tries)
-            # A generator may still be ending the broken request: ids are never used twice.
-            request.request_id = f"{ticket.ref.key}/{attempt}/{turn}/{number}"
-            return await self._once(request, last=number + 1 >= MAX_FAILED_REPLIES)
-
-        return await persist(once, self._patience_s, self._on_retry)
-
-    async def _once(self, request: generator_pb2.GenerateRequest, *, last: bool) -> Reply:
-        builder = ReplyBuilder()
-        try:
-            async for event in self._stub.Generate(request, timeout=self._timeout_s):
-                builder.add(event)
-        except grpc.aio.AioRpcError as error:
-            if error.code() in (_Code.INVALID_ARGUMENT, _Code.OUT_OF_RANGE):
-                raise Rejected("prompt", error.details() or "the generator refuses the prompt") from None
-            if error.code() is _Code.FAILED_PRECONDITION:
-                raise Rejected("version", error.details() or "the policy version is gone") from None
-            if error.code() in (_Code.INTERNAL, _Code.UNKNOWN, _Code.UNIMPLEMENTED) and last:
-                raise AttemptFailed("generator_failed", _text(error)) from None
-            raise Unavailable(f"generator: {_text(error)}") from None
-        reply = builder.reply()
-        if reply is None:
-            # Its tokens are dropped and drawn anew.
-            raise Unavailable("generator: the reply broke off")
-        return reply
+        return await self._drawer.draw(wanted)
 
 
 class VerifierClient:

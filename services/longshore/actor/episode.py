@@ -45,12 +45,12 @@ class AttemptFailed(LongshoreError):
 
 @dataclass(frozen=True)
 class Reply:
-    """What a generator drew. `spans` cover `token_ids`; their table indices are filled in by the episode."""
+    """What generators drew. `spans` cover `token_ids`; their engine indices are into `engines`, most often one."""
 
     token_ids: list[int]
     spans: list[SampledSpan]
     finish: FinishReason
-    engine: EngineFingerprint
+    engines: tuple[EngineFingerprint, ...]
 
     @property
     def is_sound(self) -> bool:
@@ -149,13 +149,12 @@ class Transcript:
         if turn.given:
             self.token_ids.extend(turn.given)
             self.spans.append(GivenSpan(len(turn.given)))
-        if reply.engine not in self.engines:
-            self.engines.append(reply.engine)
-        engine_index = self.engines.index(reply.engine)
+        self.engines.extend(engine for engine in reply.engines if engine not in self.engines)
+        places = [self.engines.index(engine) for engine in reply.engines]
         info = _checked_info(turn.observation.info)
         self.turns.append(Turn(SEGMENT_ID, len(self.token_ids), len(reply.token_ids), reply.finish, info))
         self.token_ids.extend(reply.token_ids)
-        self.spans.extend(replace(span, engine_index=engine_index) for span in reply.spans)
+        self.spans.extend(replace(span, engine_index=places[span.engine_index]) for span in reply.spans)
         self.conversation.append(Message("assistant", text))
         self.conversation.extend(turn.observation.messages)
 

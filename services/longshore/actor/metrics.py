@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from longshore.actor.balancing import Standing
+
 _JOB = ("project", "job", "site")
 
 ROLLOUTS = Counter("longshore_actor_rollouts_total", "Attempts by how they ended", (*_JOB, "outcome"))
@@ -21,6 +23,24 @@ SECONDS = Histogram(
 )
 TOKENS = Counter("longshore_actor_sampled_tokens_total", "Sampled tokens of finished rollouts", _JOB)
 RETRIES = Counter("longshore_actor_retries_total", "Calls repeated because a peer was away", (*_JOB, "peer"))
+GENERATORS = Gauge(
+    "longshore_actor_generators",
+    "Generators that the actor knows: serving, absent (no proven version, or no answer), set_aside after failures",
+    (*_JOB, "state"),
+)
+OUTSTANDING = Gauge("longshore_actor_outstanding_requests", "Requests at a generator", (*_JOB, "generator"))
+LIMIT = Gauge(
+    "longshore_actor_outstanding_limit", "Requests that a generator may have, by its own pressure", (*_JOB, "generator")
+)
+WITHOUT_PLACE = Gauge("longshore_actor_requests_without_place", "Requests for which no generator has room", _JOB)
+MOVED = Counter(
+    "longshore_actor_moved_replies_total",
+    "Replies that another generator went on with because theirs was slow or silent",
+    (*_JOB, "reason"),
+)
+MOVED_TOKENS = Counter(
+    "longshore_actor_moved_tokens_total", "Tokens of those, prompts included, that were computed again", _JOB
+)
 JOURNAL_TURNS = Counter(
     "longshore_actor_journal_turns_total", "Turns of interrupted rollouts that were saved or lost", (*_JOB, "fate")
 )
@@ -48,6 +68,8 @@ class ActorMetrics:
 
     def __init__(self, project: str, job: str, site: str) -> None:
         self._labels = (project, job, site)
+        # Generators that have a series of their own.
+        self._named: set[str] = set()
 
     def started(self, running: int) -> None:
         RUNNING.labels(*self._labels).set(running)
@@ -72,6 +94,26 @@ class ActorMetrics:
 
     def retried_generator(self) -> None:
         RETRIES.labels(*self._labels, "generator").inc()
+
+    def moved(self, reason: str, tokens: int) -> None:
+        MOVED.labels(*self._labels, reason).inc()
+        MOVED_TOKENS.labels(*self._labels).inc(tokens)
+
+    def generators(self, standings: list[Standing], waiting: int) -> None:
+        WITHOUT_PLACE.labels(*self._labels).set(waiting)
+        aside = sum(item.set_aside for item in standings)
+        serving = sum(item.serving for item in standings) - aside
+        counts = {"serving": serving, "set_aside": aside, "absent": len(standings) - serving - aside}
+        for state, count in counts.items():
+            GENERATORS.labels(*self._labels, state).set(count)
+        for item in standings:
+            OUTSTANDING.labels(*self._labels, item.name).set(item.outstanding)
+            LIMIT.labels(*self._labels, item.name).set(item.limit)
+        names = {item.name for item in standings}
+        for gone in self._named - names:
+            OUTSTANDING.remove(*self._labels, gone)
+            LIMIT.remove(*self._labels, gone)
+        self._named = names
 
     def retried_verifier(self) -> None:
         RETRIES.labels(*self._labels, "verifier").inc()

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from functools import partial
 
 import structlog
 from redis.asyncio import Redis
 
+from longshore.actor.addresses import AddressBook, parse_entries
+from longshore.actor.balancing import Balancer
 from longshore.actor.beginning import Beginner, keeps_journal
 from longshore.actor.clients import GeneratorClient, VerifierClient
 from longshore.actor.config import ActorSettings
+from longshore.actor.dispatch import Dispatch
+from longshore.actor.drawing import Drawer, DrawLimits
+from longshore.actor.fleet import Fleet
 from longshore.actor.maker import RolloutMaker
 from longshore.actor.metrics import ActorMetrics
+from longshore.actor.moving import Mover
 from longshore.actor.outbox import Outbox, SpoolPlace
 from longshore.actor.runner import Runner, RunnerLimits, until_stopped
 from longshore.actor.surroundings import EnvironmentFactory
@@ -80,7 +87,8 @@ async def _run(settings: ActorSettings, job: JobFile, rendering: tuple[Renderer,
         place = await _open_spool(settings)
         if place is not None:
             resources.callback(place.spool.close)
-        maker = await resources.enter_async_context(_maker(settings, job, rendering, redis, counting))
+        fleet, drawer = _generators(settings, job, counting)
+        maker = await resources.enter_async_context(_maker(settings, job, rendering, redis, drawer, counting))
         runner = Runner(
             settings.name,
             _tickets(settings, job, redis),
@@ -93,7 +101,9 @@ async def _run(settings: ActorSettings, job: JobFile, rendering: tuple[Renderer,
             if place is not None:
                 sweeper = Sweeper(job.ref, place.spool, rollouts, partial(broker.incarnation, redis), counting)
                 sweeping = group.create_task(sweeper.run(), name="sweep")
+            keeping = group.create_task(fleet.run(), name="generators")
             await runner.run(stop)
+            keeping.cancel()
             if place is not None:
                 sweeping.cancel()
 
@@ -124,21 +134,33 @@ def _limits(settings: ActorSettings, job: JobFile) -> RunnerLimits:
 
 @contextlib.asynccontextmanager
 async def _maker(
-    settings: ActorSettings, job: JobFile, rendering: tuple[Renderer, str], redis: Redis, counting: ActorMetrics
+    settings: ActorSettings,
+    job: JobFile,
+    rendering: tuple[Renderer, str],
+    redis: Redis,
+    drawer: Drawer,
+    counting: ActorMetrics,
 ) -> AsyncIterator[RolloutMaker]:
     spec, patience_s = job.spec, settings.peer_patience_s
-    async with channel(settings.generator) as to_generator, channel(settings.verifier) as to_verifier:
+    async with channel(settings.verifier) as to_verifier:
         yield RolloutMaker(
             site=settings.site,
             actor=settings.name,
             environment=spec.environment.name,
             beginner=_beginner(settings, job, rendering, redis, counting),
-            generator=GeneratorClient(
-                to_generator, settings.generate_timeout_s, patience_s, counting.retried_generator
-            ),
+            generator=GeneratorClient(drawer),
             verifier=VerifierClient(to_verifier, spec.verifier.timeout_s, patience_s, counting.retried_verifier),
             count_tokens=counting.sampled,
         )
+
+
+def _generators(settings: ActorSettings, job: JobFile, counting: ActorMetrics) -> tuple[Fleet, Drawer]:
+    """Raises ConfigError when LONGSHORE_GENERATOR cannot be read."""
+    balancer = Balancer(time.monotonic)
+    dispatch, mover = Dispatch(balancer, time.monotonic), Mover(balancer, time.monotonic)
+    fleet = Fleet(job.ref, AddressBook(parse_entries(settings.generator)), dispatch, mover, counting)
+    limits = DrawLimits(settings.generate_timeout_s, settings.peer_patience_s)
+    return fleet, Drawer(fleet, dispatch, mover, limits, counting, time.monotonic)
 
 
 def _beginner(

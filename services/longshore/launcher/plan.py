@@ -54,6 +54,10 @@ class JobPaths:
     def blobs_url(self, site: str) -> str:
         return (self.site_dir(site) / "blobs").as_uri()
 
+    def generators_file(self, site: str) -> Path:
+        """Where a person lists generators beside the job's own, one address a line, while it runs."""
+        return self.site_dir(site) / "generators.txt"
+
     def broker_dir(self, site: str) -> Path:
         return self.site_dir(site) / "broker"
 
@@ -141,14 +145,14 @@ def _rollout_makers(job: JobFile, endpoints: Endpoints, paths: JobPaths, site: s
         return []
     prefix = "" if site == HOME_SITE else f"{site}-"
     shared = {**_shared(paths, site), "LONGSHORE_WEIGHTS": endpoints.weights}
+    generators = [f"{prefix}generator-{index}" for index in range(resources.generators)]
     actor = {
         **shared,
         "LONGSHORE_BROKER_URL": endpoints.broker_url,
         "LONGSHORE_BLOBS_URL": paths.blobs_url(site),
-        "LONGSHORE_GENERATOR": _grpc(f"{prefix}generator-0"),
+        "LONGSHORE_GENERATOR": ",".join([*map(_grpc, generators), f"file:{paths.generators_file(site)}"]),
         "LONGSHORE_VERIFIER": _grpc(f"{prefix}verifier-0"),
     }
-    generators = [f"{prefix}generator-{index}" for index in range(resources.generators)]
     verifiers = [f"{prefix}verifier-{index}" for index in range(resources.verifiers)]
     actors = [f"{prefix}actor-{index}" for index in range(resources.actors)]
     return [

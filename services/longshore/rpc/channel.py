@@ -76,16 +76,22 @@ def tls_file(variable: str) -> bytes | None:
         raise ConfigError(f"{variable} {path}: {error.strerror}") from None
 
 
-def channel(address: str) -> grpc.aio.Channel:
+def channel(address: str, *, name: str = "", retries: bool = True) -> grpc.aio.Channel:
     """An asyncio channel to `address` ("host:port" or "unix:path").
+
+    Args:
+        name: host name that the peer's certificate must bear; empty: the address's own.
+        retries: False for a caller that would rather go to another peer at once.
 
     Raises:
         ConfigError: the address is off this machine and no TLS authority is configured.
     """
+    options = CHANNEL_OPTIONS if retries else [*CHANNEL_OPTIONS, ("grpc.enable_retries", 0)]
     ca = tls_file("LONGSHORE_TLS_CA")
     if ca is not None and not address.startswith("unix:"):
         credentials = grpc.ssl_channel_credentials(ca, tls_file("LONGSHORE_TLS_KEY"), tls_file("LONGSHORE_TLS_CERT"))
-        return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+        named = [*options, ("grpc.ssl_target_name_override", name)] if name else options
+        return grpc.aio.secure_channel(address, credentials, options=named)
     if not is_local(address):
         raise ConfigError(f"{address} is not on this machine: set LONGSHORE_TLS_CA (and _CERT, _KEY) to reach it")
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.aio.insecure_channel(address, options=options)

@@ -1,4 +1,4 @@
-"""Generate and Verify over real gRPC against scripted peers: what is repeated, what is final, what is recorded."""
+"""Verify over real gRPC against a scripted verifier: what is repeated, what is final."""
 
 from __future__ import annotations
 
@@ -8,36 +8,25 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 from processes import free_port
-from scripted_peers import Peers, ScriptedGenerator, ScriptedVerifier, event
+from scripted_peers import Peers, ScriptedGenerator, ScriptedVerifier
 
 from longshore.actor import retry
-from longshore.actor.clients import MAX_FAILED_REPLIES, GeneratorClient, VerifierClient
-from longshore.actor.episode import AttemptFailed, Reply
+from longshore.actor.clients import VerifierClient
 from longshore.errors import Rejected, Unavailable
-from longshore.proto.v1 import rollout_pb2, verdict_pb2
+from longshore.proto.v1 import verdict_pb2
 from longshore.rpc.channel import channel
 from longshore.tasks.verification import ScoreRequest
 from longshore.types import (
-    EngineFingerprint,
-    FinishReason,
     JobRef,
-    KvMark,
     Message,
     Purpose,
-    SampledSpan,
     Sampling,
     Task,
     Ticket,
     TicketRef,
     Verdict,
-    VersionConstraint,
 )
 
-STOP, LENGTH, ABORTED = (
-    rollout_pb2.FINISH_REASON_STOP,
-    rollout_pb2.FINISH_REASON_LENGTH,
-    rollout_pb2.FINISH_REASON_ABORTED,
-)
 TASK = Task("t", (Message("user", "3+4="),), answer="7", info={"level": 1})
 TICKET = Ticket(
     TicketRef(JobRef("default", "j"), 3, 1),
@@ -47,9 +36,7 @@ TICKET = Ticket(
     Sampling(0.7, 8, (1,)),
     learner_epoch=1,
     issued_at=1.0,
-    version=VersionConstraint(2, 5),
 )
-GOOD = (event([7, 1], 3, finish=STOP),)
 Code = grpc.StatusCode
 
 
@@ -64,11 +51,6 @@ class Bench:
     def retried(self) -> None:
         self.retries += 1
 
-    async def generate(self, *scripts: object, patience_s: float = 20.0, timeout_s: float = 20.0) -> Reply:
-        self.peers.generator.scripts = list(scripts)  # type: ignore[arg-type]
-        client = GeneratorClient(self.channel, timeout_s, patience_s, self.retried)
-        return await client.generate(TICKET, 2, [5, 6], TICKET.sampling, 4)
-
     async def verify(
         self, *answers: Code | float | None, patience_s: float = 20.0, timeout_s: float = 5.0
     ) -> Verdict | None:
@@ -82,111 +64,11 @@ class Bench:
 async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
     monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(retry, "_LONGEST_PAUSE_S", 0.05)
-    peers = Peers(ScriptedGenerator(GOOD), ScriptedVerifier(1.0), free_port())
+    peers = Peers(ScriptedGenerator(()), ScriptedVerifier(1.0), free_port())
     await peers.start()
     async with channel(peers.address) as to_peers:
         yield Bench(to_peers, peers)
     await peers.stop()
-
-
-async def test_a_request_says_what_the_ticket_says(bench: Bench) -> None:
-    await bench.generate(GOOD)
-    (request,) = bench.peers.generator.requests
-    assert (request.job.project, request.job.job) == ("default", "j")
-    assert list(request.token_ids) == [5, 6]
-    assert (request.sampling.temperature, request.sampling.max_new_tokens) == (0.7, 8)
-    assert list(request.sampling.stop_token_ids) == [1]
-    assert (request.version.min_version, request.version.max_version) == (2, 5)
-    assert request.prefix_key == "3"
-
-
-async def test_neighbours_of_one_version_are_one_span(bench: Bench) -> None:
-    carried = rollout_pb2.KV_MARK_CARRIED
-    reply = await bench.generate(
-        (
-            event([7], 3),
-            event([8, 9], 3, engine=False),
-            event([10], 4, engine=False),
-            event([11], 4, engine=False, kv=carried, oldest=3),
-            event(finish=LENGTH, engine=False),
-        )
-    )
-    assert reply.token_ids == [7, 8, 9, 10, 11]
-    assert reply.spans == [
-        SampledSpan(3, (-0.5, -0.5, -0.5)),
-        SampledSpan(4, (-0.5,)),
-        SampledSpan(4, (-0.5,), kv=KvMark.CARRIED, kv_min_version=3),
-    ]
-    assert (reply.finish, reply.engine) == (FinishReason.LENGTH, EngineFingerprint("scripted", "1", "float32", ""))
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        (Code.UNAVAILABLE,),
-        (Code.RESOURCE_EXHAUSTED,),
-        (event([7], 3), Code.UNAVAILABLE),
-        (event([7], 3), Code.CANCELLED),
-        (event([7], 3), Code.INTERNAL),
-        (event([7], 3),),
-        (event([7], 3, finish=ABORTED),),
-        (event([7], 3, finish=STOP, engine=False),),
-    ],
-)
-async def test_a_reply_that_breaks_off_is_drawn_anew(bench: Bench, broken: tuple[object, ...]) -> None:
-    # Of a call that never began the channel itself repeats five.
-    times = 6 if broken == (Code.UNAVAILABLE,) else 2
-    reply = await bench.generate(*[broken] * times, GOOD)
-    assert reply.token_ids == [7, 1]
-    ids = [request.request_id for request in bench.peers.generator.requests]
-    assert len(set(ids)) >= 2
-    assert all(name.startswith("3.1/2/4/") for name in ids)
-    assert bench.retries >= 1
-
-
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [(Code.INVALID_ARGUMENT, "prompt"), (Code.OUT_OF_RANGE, "prompt"), (Code.FAILED_PRECONDITION, "version")],
-)
-async def test_what_no_attempt_can_do_is_rejected(bench: Bench, code: Code, reason: str) -> None:
-    with pytest.raises(Rejected, match=f"{reason}: scripted {code.name}"):
-        await bench.generate((code,))
-    assert len(bench.peers.generator.requests) == 1
-
-
-async def test_a_generator_that_fails_on_a_request_is_not_asked_for_ever(bench: Bench) -> None:
-    with pytest.raises(AttemptFailed, match="generator_failed: INTERNAL"):
-        await bench.generate((Code.INTERNAL,))
-    assert len(bench.peers.generator.requests) == MAX_FAILED_REPLIES
-
-
-async def test_a_generator_that_stays_away(bench: Bench) -> None:
-    await bench.peers.stop()
-    with pytest.raises(Unavailable, match=r"away for .* generator: UNAVAILABLE"):
-        await bench.generate(GOOD, patience_s=0.5)
-
-
-async def test_a_generator_that_comes_back(bench: Bench) -> None:
-    await bench.peers.stop()
-    drawing = asyncio.create_task(bench.generate(GOOD))
-    await asyncio.sleep(0.5)
-    assert not drawing.done()
-    await bench.peers.start()
-    async with asyncio.timeout(20):
-        assert (await drawing).token_ids == [7, 1]
-
-
-async def test_a_reply_has_a_deadline(bench: Bench) -> None:
-    with pytest.raises(Unavailable, match="DEADLINE_EXCEEDED"):
-        await bench.generate((event([7], 3), 30.0), timeout_s=0.1, patience_s=0.3)
-
-
-async def test_leaving_cancels_the_call(bench: Bench) -> None:
-    drawing = asyncio.create_task(bench.generate((event([7], 3), 30.0)))
-    async with asyncio.timeout(20):
-        await bench.peers.generator.asked.wait()
-        drawing.cancel()
-        await bench.peers.generator.cancelled.wait()
 
 
 async def test_a_verdict(bench: Bench) -> None:

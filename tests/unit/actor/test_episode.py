@@ -52,7 +52,7 @@ def reply(
             spans[-1] = SampledSpan(version, (*spans[-1].logprobs, logprob))
         else:
             spans.append(SampledSpan(version, (logprob,)))
-    return Reply(tokens, spans, finish, engine)
+    return Reply(tokens, spans, finish, (engine,))
 
 
 class Script:
@@ -164,8 +164,8 @@ async def test_a_prompt_without_tokens_is_rejected(renderer: Renderer) -> None:
 @pytest.mark.parametrize(
     "broken",
     [
-        Reply([], [], FinishReason.STOP, ENGINE),
-        Reply([1, 2], [SampledSpan(0, (-0.5,))], FinishReason.STOP, ENGINE),
+        Reply([], [], FinishReason.STOP, (ENGINE,)),
+        Reply([1, 2], [SampledSpan(0, (-0.5,))], FinishReason.STOP, (ENGINE,)),
     ],
 )
 async def test_a_reply_that_does_not_add_up_is_not_used(renderer: Renderer, broken: Reply) -> None:

@@ -18,9 +18,11 @@ OPENING = [Message("system", "Be short."), Message("user", "3+4=")]
 SPANS = [
     SampledSpan(3, (-0.5, -1.25)),
     SampledSpan(4, (-0.125,), kv=KvMark.CARRIED, kv_min_version=3),
-    SampledSpan(4, (-2.0,)),
+    # Another generator went on.
+    SampledSpan(4, (-2.0,), engine_index=1),
 ]
-REPLY = Reply([7, 8, 9, 2], SPANS, FinishReason.STOP, EngineFingerprint("e", "1", "bfloat16", "tp2"))
+ENGINES = (EngineFingerprint("e", "1", "bfloat16", "tp2"), EngineFingerprint("e", "1", "float32", "cpu"))
+REPLY = Reply([7, 8, 9, 2], SPANS, FinishReason.STOP, ENGINES)
 TURNS = [
     PlayedTurn([5, 6], REPLY, Observation([Message("tool", "go on")], False, {"guess": 7, "far": [1.5, None]})),
     PlayedTurn([], REPLY, Observation([], True)),

@@ -93,7 +93,7 @@ class World:
             ids = RENDERER.reply_ids(self.guesses[turn])
             # The weights changed between the digit and the end; log-probs travel as float32.
             carried = SampledSpan(turn + 1, (-0.25,), kv=KvMark.CARRIED, kv_min_version=turn)
-            return Reply(ids, [SampledSpan(turn, (-0.125 * (turn + 1),)), carried], FinishReason.STOP, ENGINE)
+            return Reply(ids, [SampledSpan(turn, (-0.125 * (turn + 1),)), carried], FinishReason.STOP, (ENGINE,))
 
         beginner = Beginner(
             self.store, RENDERER, self.digest, self.max_turns, EnvironmentFactory(self.kind, {}, 5.0), 5.0, self

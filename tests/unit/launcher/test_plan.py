@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from longshore.actor.addresses import parse_entries
 from longshore.config import JobSpec
 from longshore.launcher.plan import BrokerCommand, Endpoints, JobPaths, StackPaths, plan_job, plan_stack
 from longshore.launcher.spec import ProcessSpec, Ready, ReadyKind
@@ -64,7 +65,19 @@ def test_actors_are_sent_to_the_ports_that_generator_and_verifier_listen_on() ->
         listen = plan[name].env["LONGSHORE_LISTEN"]
         assert listen == f"127.0.0.1:${{PORT:{name}.grpc}}"
         assert plan[name].ready == Ready(ReadyKind.GRPC, listen)
-        assert plan["actor-1"].env[f"LONGSHORE_{variable}"] == listen
+        assert plan["actor-1"].env[f"LONGSHORE_{variable}"].split(",")[0] == listen
+
+
+def test_actors_know_all_generators_of_their_site_and_those_that_a_person_lists_there() -> None:
+    sites: list[dict[str, object]] = [{"name": "west"}, {"name": "east", "generators": 1}]
+    plan = by_name(plan_job(job(sites, generators=3), ENDPOINTS, PATHS, {"west": WEST, "east": EAST}))
+    for prefix, count, folder in (("", 3, "/runs/j-1"), ("west-", 3, "/runs/j-1/sites/west"), ("east-", 1, "")):
+        names = [f"{prefix}generator-{index}" for index in range(count)]
+        assert [name for name in plan if name.startswith(f"{prefix}generator-")] == names
+        told = plan[f"{prefix}actor-0"].env["LONGSHORE_GENERATOR"].split(",")
+        assert told[:-1] == [plan[name].env["LONGSHORE_LISTEN"] for name in names]
+        assert told[-1] == f"file:{folder or '/runs/j-1/sites/east'}/generators.txt"
+        assert parse_entries(told[-1]) == (told[-1],)
 
 
 def test_threads_are_for_learner_and_generator() -> None:
@@ -100,7 +113,7 @@ def test_a_rollout_site_has_everything_of_its_own_and_only_its_relay_knows_home(
             assert (home in spec.env.values()) == (name == "west-relay")
     actor = plan["west-actor-1"].env
     assert actor["LONGSHORE_BROKER_URL"] == WEST.url
-    assert actor["LONGSHORE_GENERATOR"] == plan["west-generator-0"].env["LONGSHORE_LISTEN"]
+    assert actor["LONGSHORE_GENERATOR"].split(",")[0] == plan["west-generator-0"].env["LONGSHORE_LISTEN"]
     assert actor["LONGSHORE_VERIFIER"] == plan["west-verifier-0"].env["LONGSHORE_LISTEN"]
     relay = plan["west-relay"].env
     # The site's generators get their weights from the relay.

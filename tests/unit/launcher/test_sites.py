@@ -44,7 +44,7 @@ def test_a_site_has_what_it_says_and_the_rest_as_in_resources() -> None:
         ([], {"actors": 0}, "resources.actors: 0 needs sites"),
         ([{"name": "West Coast"}], {}, "sites.0.name"),
         ([{"name": "west", "actors": 0}], {}, "sites.0.actors"),
-        ([{"name": "west", "actor": 1}], {}, "allowed here: actors, allowance, generator_slots, name"),
+        ([{"name": "west", "actor": 1}], {}, "allowed here: actors, allowance, generator_slots, generators, name"),
         ([{"actors": 1}], {}, "sites.0.name: is required"),
     ],
 )
