@@ -3,135 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import signal
-import time
 import urllib.request
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
 import torch
+from generator_store import CONTEXT, PROMPT, SERVICE, SLOTS, WAIT_S, Caller, Code, Store, tokens_of
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from processes import Service
-from tiny_llama import VOCABULARY, canary_logprobs, config_json, published, reference_logprobs, tiny_model
-from transformers import LlamaForCausalLM
+from tiny_llama import VOCABULARY, reference_logprobs
 
 from longshore.errors import ConfigError
 from longshore.generator.config import GeneratorSettings
 from longshore.generator.service import serve
 from longshore.generator.slot_decoder import SlotDecoder
-from longshore.proto.v1 import generator_pb2, generator_pb2_grpc, job_pb2, rollout_pb2, sampling_pb2, ticket_pb2
-from longshore.settings import JobFile
-from longshore.signing import SigningKey
-from longshore.types import JobRef
-from longshore.weights.client import CanaryProbe, VersionDraft, WeightsClient
+from longshore.proto.v1 import rollout_pb2
 
-SERVICE = "longshore.proto.v1.GeneratorService"
-WAIT_S = 30.0
-SLOTS = 4
-CONTEXT = 2048
 # Takes seconds to draw: time enough for things to happen under a stream.
 LONG = 1500
 # A version that nobody publishes: who asks for it waits.
 NEVER = 10**6
-CANARY = (1, 2, 3, 4)
-PROMPT = (3, 4, 5)
-Code = grpc.StatusCode
-
-
-class Store:
-    """A job's weight store and its learner's part: a key, and models to publish."""
-
-    def __init__(self, folder: Path, weights: str) -> None:
-        self.folder = folder
-        self.weights = weights
-        self.job = JobRef("default", f"job-{uuid.uuid4().hex[:8]}")
-        self.key = SigningKey.generate()
-        self.models: dict[int, LlamaForCausalLM] = {}
-        spec = {
-            "name": self.job.job,
-            "tasks": {"source": "jsonl"},
-            "verifier": {"name": "exact-match"},
-            "train": {"steps": 1},
-            "resources": {"generator_slots": SLOTS},
-        }
-        job_file = JobFile.model_validate(
-            {"project": "default", "job": self.job.job, "spec": spec, "learner_public_key": self.key.public_key.hex()}
-        )
-        self.job_file = folder / f"{self.job.job}.json"
-        self.job_file.write_text(job_file.model_dump_json())
-
-    async def publish(self, *, canary: tuple[float, ...] | None = None, architecture: str = "LlamaForCausalLM") -> int:
-        """Publishes the next version: other weights than every one before."""
-        version = len(self.models)
-        model = self.models[version] = tiny_model(version, context=CONTEXT)
-        model.config.architectures = [architecture]
-        tensors = published(model, torch.bfloat16)
-        probe = CanaryProbe(CANARY, canary or canary_logprobs(model, CANARY))
-        draft = VersionDraft(version, version, 1, None, (probe,), time.time())
-        client = WeightsClient(self.weights, self.job, self.key.public_key)
-        try:
-            await client.register_key(keep=8)
-            await client.publish(self.key, draft, tensors, {"config.json": config_json(model)})
-        finally:
-            await client.close()
-        return version
-
-
-class Caller:
-    """A client of the generator; built-in retries are off so that every status is seen."""
-
-    def __init__(self, job: JobRef, address: str) -> None:
-        self.job = job_pb2.JobRef(project=job.project, job=job.job)
-        self.channel = grpc.aio.insecure_channel(address, options=[("grpc.enable_retries", 0)])
-        self.stub = generator_pb2_grpc.GeneratorServiceStub(self.channel)
-
-    def request(
-        self,
-        prompt: tuple[int, ...] = PROMPT,
-        *,
-        tokens: int = 6,
-        name: str | None = None,
-        version: tuple[int | None, int | None] | None = None,
-        **sampling: object,
-    ) -> generator_pb2.GenerateRequest:
-        parameters = {"temperature": 1.0, "max_new_tokens": tokens, **sampling}
-        bounds = ticket_pb2.VersionConstraint(min_version=version[0], max_version=version[1]) if version else None
-        return generator_pb2.GenerateRequest(
-            job=self.job,
-            request_id=uuid.uuid4().hex if name is None else name,
-            token_ids=prompt,
-            sampling=sampling_pb2.SamplingParams(**parameters),  # type: ignore[arg-type]
-            version=bounds,
-        )
-
-    def start(self, *args: object, timeout: float = WAIT_S, **options: object) -> grpc.aio.UnaryStreamCall:
-        return self.stub.Generate(self.request(*args, **options), timeout=timeout)  # type: ignore[arg-type, return-value]
-
-    async def reply(self, *args: object, **options: object) -> list[generator_pb2.GenerateResponse]:
-        return [event async for event in self.start(*args, **options)]
-
-    async def status(self) -> generator_pb2.GetStatusResponse:
-        return await self.stub.GetStatus(generator_pb2.GetStatusRequest(job=self.job), timeout=WAIT_S)
-
-    async def refusal(self, request: generator_pb2.GenerateRequest, timeout: float = WAIT_S) -> Code:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async for _ in self.stub.Generate(request, timeout=timeout):
-                pass
-        return caught.value.code()
-
-    async def until(self, condition: Callable[[generator_pb2.GetStatusResponse], bool]) -> None:
-        async with asyncio.timeout(WAIT_S):
-            while not condition(await self.status()):  # noqa: ASYNC110 - another process
-                await asyncio.sleep(0.01)
-
-
-def tokens_of(events: list[generator_pb2.GenerateResponse]) -> list[int]:
-    return [token for event in events for token in event.token_ids]
 
 
 class Site:
@@ -225,8 +122,73 @@ async def test_bad_requests_are_refused_and_good_ones_answered_after(caller: Cal
         foreign,
         truncated,
         attached,
+        caller.request(stop_token_ids=[1] * 1025),
+        caller.request(name="n" * 257),
+        # More than the context by far: refused by its length alone.
+        caller.request((1,) * 3_000_000),
     ]
     assert [await caller.refusal(request) for request in bad] == [Code.INVALID_ARGUMENT] * len(bad)
+    assert len(tokens_of(await caller.reply())) == 6
+
+
+async def test_more_tokens_are_asked_for_than_there_can_be(caller: Caller) -> None:
+    events = await caller.reply((1,) * (CONTEXT - 3), tokens=2**32 - 1)
+    assert (len(tokens_of(events)), events[-1].finish) == (3, rollout_pb2.FINISH_REASON_LENGTH)
+
+
+def peak_mb(service: Service) -> float:
+    """The most memory that a process has had."""
+    assert service.process is not None
+    found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{service.process.pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+async def test_a_huge_message_is_refused_unread(site: Site, caller: Caller, compression: grpc.Compression) -> None:
+    """A quarter of a gigabyte: as it is, and as a quarter of a megabyte that unpacks to it."""
+    before = peak_mb(site.generator)
+    options = [("grpc.max_send_message_length", -1), ("grpc.enable_retries", 0)]
+    async with grpc.aio.insecure_channel(site.generator.address, options=options) as channel:
+        generate = channel.unary_stream("/longshore.proto.v1.GeneratorService/Generate")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in generate(bytes(256 * 1024 * 1024), timeout=WAIT_S, compression=compression):
+                pass
+    assert caught.value.code() is Code.RESOURCE_EXHAUSTED
+    assert peak_mb(site.generator) < before + 64
+    assert len(tokens_of(await caller.reply())) == 6
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [("longshore-junk-bin", bytes(range(256)))],
+        [("x-large", "a" * 100_000)],
+        [(f"x-{number}", "many") for number in range(2000)],
+        [("grpc-trace-bin", b"\xff" * 64), ("authorization", "Bearer ../../etc/passwd")],
+    ],
+)
+async def test_hostile_metadata_harms_nobody(caller: Caller, metadata: list[tuple[str, str | bytes]]) -> None:
+    call = caller.stub.Generate(caller.request(), timeout=WAIT_S, metadata=metadata)
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        async for _ in call:
+            pass
+    # Taken for nothing, or beyond gRPC's own bound.
+    assert await call.code() in (Code.OK, Code.RESOURCE_EXHAUSTED)
+    assert len(tokens_of(await caller.reply())) == 6
+
+
+async def test_bytes_that_are_no_request(site: Site, caller: Caller) -> None:
+    generate = caller.channel.unary_stream("/longshore.proto.v1.GeneratorService/Generate")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in generate(b"\xff" * 1000, timeout=WAIT_S):
+            pass
+    # gRPC's own answer.
+    assert caught.value.code() is Code.UNKNOWN
+    reader, writer = await asyncio.open_connection(*site.generator.address.split(":"))
+    writer.write(b"GET / HTTP/1.1\r\n\r\n" + bytes(100_000))
+    await asyncio.wait_for(reader.read(), WAIT_S)
+    writer.close()
     assert len(tokens_of(await caller.reply())) == 6
 
 
@@ -296,6 +258,9 @@ async def test_a_swap_while_streaming_gives_two_spans(site: Site, caller: Caller
     pinned = [event async for event in caller.start((1,), tokens=4, version=(old, old))]
     assert {(event.policy_version, event.kv) for event in pinned} == {(old, rollout_pb2.KV_MARK_RECOMPUTED)}
     assert (await caller.status()).policy_version == new
+    # One that is still to come, and one that cannot be.
+    assert await caller.refusal(caller.request(version=(NEVER, NEVER)), timeout=0.5) is Code.DEADLINE_EXCEEDED
+    assert await caller.refusal(caller.request(version=(2**64 - 1, 2**64 - 1))) is Code.INVALID_ARGUMENT
 
 
 async def test_a_version_that_fails_its_canary_is_not_served(site: Site, caller: Caller) -> None:

@@ -1,6 +1,6 @@
 """Which generator draws a reply. Pure: no gRPC, no waiting, no clock of its own.
 
-The rule, in this order (docs/generation.md, "Many generators"):
+The rule, in this order (docs/many-generators.md):
 
 1. Usable is a generator that serves a proven version (health), answers for our job, and is not set aside. Of these,
    those with room under their limit are candidates (limit.py).

@@ -6,8 +6,8 @@ what another one, which would take it over, has shown lately. A site whose gener
 
 Whatever is decided here cannot bias what is drawn, because a late reply is neither raced nor drawn anew: it is *moved*.
 The tokens that came are kept and another generator goes on after them, so that every token of the finished reply is a
-draw from the policy given the tokens before it, whoever drew it and whatever made us ask (docs/generation.md,
-"Many generators", has the argument and its one exception).
+draw from the policy given the tokens before it, whoever drew it and whatever made us ask (docs/many-generators.md,
+has the argument and its one exception).
 """
 
 from __future__ import annotations

@@ -172,15 +172,20 @@ class Engine(Protocol):
         """Ends the engine's thread; requests in flight get no further event. Waits for the step in progress."""
 
 
+def check_length(prompt: int, limits: EngineLimits) -> None:
+    """Raises Rejected: `prompt`, for so many tokens."""
+    if not prompt:
+        raise Rejected("prompt", "token_ids must not be empty")
+    if prompt + 1 > limits.context:
+        raise Rejected("prompt", f"{prompt} prompt tokens leave no room in a context of {limits.context}")
+
+
 def check_request(request: EngineRequest, limits: EngineLimits) -> None:
     """Raises Rejected for a request that can never be answered: reasons `prompt`, `sampling`, `version`."""
     prompt, sampling, version = request.token_ids, request.sampling, request.version
-    if not prompt:
-        raise Rejected("prompt", "token_ids must not be empty")
+    check_length(len(prompt), limits)
     if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
         raise Rejected("prompt", f"token ids must lie in 0..{limits.vocab_size - 1}")
-    if len(prompt) + 1 > limits.context:
-        raise Rejected("prompt", f"{len(prompt)} prompt tokens leave no room in a context of {limits.context}")
     # A NaN fails this comparison too.
     if not MIN_TEMPERATURE <= sampling.temperature <= MAX_TEMPERATURE:
         raise Rejected(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
+import secrets
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,19 @@ import grpc.aio
 import structlog
 import torch
 
-from longshore.errors import Rejected, Unavailable
+from longshore.errors import IntegrityError, Rejected, Unavailable
 from longshore.generator import metrics
 from longshore.generator.calls import Call, Calls
 from longshore.generator.config import GeneratorSettings
-from longshore.generator.engine import Engine, EngineRequest, Failure, QueueFull, RequestFailed, TokensDrawn
+from longshore.generator.engine import (
+    Engine,
+    EngineRequest,
+    Failure,
+    QueueFull,
+    RequestFailed,
+    TokensDrawn,
+    check_length,
+)
 from longshore.generator.follower import Follower
 from longshore.generator.llama_config import read_config
 from longshore.generator.torch_slots import SlotOptions, TorchSlotsEngine
@@ -26,6 +34,7 @@ from longshore.proto.v1 import generator_pb2, generator_pb2_grpc, rollout_pb2
 from longshore.rpc import convert
 from longshore.rpc.convert_rollout import engine_to_proto
 from longshore.rpc.process import run_process
+from longshore.rpc.rollout_checks import MAX_NAME_CHARACTERS
 from longshore.rpc.server import RpcServer, rpc_method, rpc_stream
 from longshore.settings import JobFile
 from longshore.types import JobRef, VersionConstraint
@@ -38,6 +47,8 @@ SERVICE = "longshore.proto.v1.GeneratorService"
 
 # The one that is served, the one that is staged, and one that has come meanwhile; they share what did not change.
 HELD_VERSIONS = 3
+# A prompt of a million tokens has four.
+MAX_REQUEST_BYTES = 16 * 1024 * 1024
 
 _CODES = {
     Failure.VERSION: grpc.StatusCode.FAILED_PRECONDITION,
@@ -63,8 +74,12 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
         self, request: generator_pb2.GenerateRequest, context: _Context
     ) -> AsyncIterator[generator_pb2.GenerateResponse]:
         engine = self._calls.proven()
-        wanted = self._request(request, context)
-        await self._calls.have_resident(wanted)
+        wanted = self._request(engine, request, context)
+        try:
+            await self._calls.have_resident(wanted)
+        except IntegrityError as error:
+            # It is not the request that is wrong: another generator may be able to prove the version.
+            raise Unavailable(f"the version cannot be proven here: {error}") from error
         if request.request_id in self._names:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"request {request.request_id!r} is running")
         try:
@@ -116,10 +131,15 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
         context.add_done_callback(close)  # type: ignore[arg-type] # the stub asks for a class, not a callable
         return call
 
-    def _request(self, request: generator_pb2.GenerateRequest, context: _Context) -> EngineRequest:
+    def _request(self, engine: Engine, request: generator_pb2.GenerateRequest, context: _Context) -> EngineRequest:
         self._check_job(request.job)
+        for name, text in (("request_id", request.request_id), ("prefix_key", request.prefix_key)):
+            if len(text) > MAX_NAME_CHARACTERS:
+                raise Rejected("malformed", f"{name} has {len(text)} characters, at most {MAX_NAME_CHARACTERS}")
         if not request.request_id:
             raise Rejected("malformed", "request_id must not be empty")
+        # Before the ids become Python's integers, which take ten times the room.
+        check_length(len(request.token_ids), engine.limits)
         if request.attachments:
             raise Rejected("attachments", "this engine takes token ids alone")
         left = context.time_remaining()
@@ -184,13 +204,13 @@ class _EngineHost:
 
     def _options(self) -> SlotOptions:
         spec, settings = self._job.spec, self._settings
-        # Two generators of one job must not draw the same tokens.
-        seed = hashlib.sha256(f"{spec.seed}/{settings.name}".encode()).digest()
         return SlotOptions(
             slots=spec.resources_at(settings.site).generator_slots,
             max_waiting=settings.max_waiting,
             cache_bytes=settings.cache_mb * 1024 * 1024,
-            seed=int.from_bytes(seed[:7], "big"),
+            # Neither two generators of a job nor two lives of one may draw the same tokens: what was lost with the one
+            # life is drawn in the next, and members of one group in both.
+            seed=secrets.randbits(56),
             residents=settings.residents,
         )
 
@@ -199,7 +219,7 @@ async def serve(settings: GeneratorSettings, stop: asyncio.Event) -> None:
     """Runs until `stop`, then lets running replies finish. Raises what ended the engine or the follower."""
     job = settings.load_job()
     torch.set_num_threads(job.spec.resources.threads)
-    server = RpcServer(settings.listen)
+    server = RpcServer(settings.listen, MAX_REQUEST_BYTES)
     calls = Calls(job.ref)
     service = GeneratorService(job.ref, calls, settings.max_request_s)
     generator_pb2_grpc.add_GeneratorServiceServicer_to_server(service, server.server)

@@ -15,6 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from longshore import types as t
 from longshore.errors import Rejected
 from longshore.proto.v1 import job_pb2, rollout_pb2, sampling_pb2, task_pb2, ticket_pb2, verdict_pb2
+from longshore.rpc.rollout_checks import MAX_TABLE_ENTRIES
 
 MAX_INFO_BYTES = 256 * 1024
 SCHEMA_VERSION = 1
@@ -131,12 +132,17 @@ def sampling_to_proto(sampling: t.Sampling) -> sampling_pb2.SamplingParams:
 
 
 def sampling_from_proto(message: sampling_pb2.SamplingParams) -> t.Sampling:
+    """Raises Rejected: `sampling`."""
     if not (math.isfinite(message.temperature) and message.temperature > 0):
         raise Rejected("sampling", f"temperature must be a finite number above 0, got {message.temperature}")
     if message.max_new_tokens < 1:
         raise Rejected("sampling", "max_new_tokens must be at least 1")
     if (message.HasField("top_p") and message.top_p != 1.0) or message.top_k:
         raise Rejected("sampling", "top_p and top_k truncate the distribution, which this engine cannot account for")
+    if len(message.stop_token_ids) > MAX_TABLE_ENTRIES:
+        raise Rejected(
+            "sampling", f"{len(message.stop_token_ids)} stop tokens are given, at most {MAX_TABLE_ENTRIES} are allowed"
+        )
     return t.Sampling(message.temperature, message.max_new_tokens, tuple(message.stop_token_ids))
 
 

@@ -37,14 +37,18 @@ Stream = TypeVar("Stream", bound=Callable[..., AsyncIterator[Any]])
 class RpcServer:
     """One grpc.aio server with health. Serves plain text on loopback and Unix sockets, TLS anywhere else."""
 
-    def __init__(self, listen: str) -> None:
+    def __init__(self, listen: str, max_receive_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        """
+        Args:
+            max_receive_bytes: of one message, unpacked; a larger one is refused unread, with RESOURCE_EXHAUSTED.
+        """
         self.listen = listen
         # Bound at start; differs from `listen` when that asked for port 0.
         self.address = listen
         self.server = grpc.aio.server(
             options=[
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_receive_message_length", max_receive_bytes),
                 ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
                 # Our clients ping every 30 s; the default limit would call that abuse.
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
