@@ -15,8 +15,8 @@ import torch
 from openai_site import CONTEXT, KEY, MAX_WAITING, SERVICE, SLOTS, WAIT_S, OpenAiSite
 from tiny_llama import reference_logprobs
 
-from longshore.generator.openai_http.keys import digest_line
 from longshore.proto.v1 import generator_pb2
+from longshore.rpc.key_file import digest_line
 from longshore.tasks.rendering import Renderer
 from longshore.types import Message
 

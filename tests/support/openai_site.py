@@ -17,8 +17,8 @@ from tiny_llama import canary_logprobs, config_json, published, tiny_model
 from tiny_tokenizer import assets
 from transformers import LlamaForCausalLM
 
-from longshore.generator.openai_http.keys import digest_line
 from longshore.proto.v1 import generator_pb2, generator_pb2_grpc, job_pb2
+from longshore.rpc.key_file import digest_line
 from longshore.settings import JobFile
 from longshore.signing import SigningKey
 from longshore.types import JobRef

@@ -137,7 +137,9 @@ async def down(screen: Screen) -> int:
 
 async def _submit_and_follow(client: ApiClient, document: dict[str, Any], screen: Screen, job_file: str) -> int:
     job = await client.submit(document)
-    screen.line(f"job {job['id']}: everything it writes is in {shown(Path(job['run_dir']))}")
+    folder = shown(Path(job["run_dir"]))
+    screen.line(f"job {job['id']}: everything it writes is in {folder}")
+    screen.line(f"agents can ask it by OpenAI's API: {folder}/openai.key and openai-*.url (docs/openai.md)")
     try:
         return await follow_job(client, job["id"], screen, job_file)
     except asyncio.CancelledError:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 from longshore.config import JobSpec
 from longshore.gateway.store import Job
 from longshore.launcher.plan import JobPaths
+from longshore.launcher.state_dir import write_private
+from longshore.rpc.key_file import digest_line
 from longshore.settings import JobFile
 from longshore.signing import SigningKey
 
@@ -17,7 +20,7 @@ def job_paths(runs_dir: Path, state_dir: Path, job_id: str) -> JobPaths:
 
 
 def prepare(job: Job, paths: JobPaths) -> JobFile:
-    """Makes the folder, the learner's key and job.json, or finds them as an earlier call left them.
+    """Makes the folder, the learner's key, a key for agents and job.json, or finds them as an earlier call left them.
 
     Raises:
         OSError: the folder or job.json cannot be written.
@@ -26,6 +29,7 @@ def prepare(job: Job, paths: JobPaths) -> JobFile:
     paths.logs.mkdir(parents=True, exist_ok=True)
     paths.signing_key_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     key = _key(paths.signing_key_file)
+    _make_openai_key(paths)
     file = JobFile(
         project=job.project,
         job=job.id,
@@ -37,6 +41,15 @@ def prepare(job: Job, paths: JobPaths) -> JobFile:
     part.write_text(file.model_dump_json(indent=2) + "\n", encoding="utf-8")
     part.replace(paths.job_file)
     return file
+
+
+def _make_openai_key(paths: JobPaths) -> None:
+    """The key that the job's agents may use, once: whoever has it goes on using it when the job starts again."""
+    if paths.openai_keys_file.exists():
+        return
+    key = secrets.token_urlsafe(32)
+    write_private(paths.openai_key_file, key + "\n")
+    write_private(paths.openai_keys_file, digest_line("local", key))
 
 
 def _first_key(job_file: Path) -> str | None:

@@ -44,6 +44,19 @@ class JobPaths:
     def logs(self) -> Path:
         return self.run_dir / "logs"
 
+    @property
+    def openai_key_file(self) -> Path:
+        """The job's own key of its generators' OpenAI-compatible interface, for whoever may read the run directory."""
+        return self.run_dir / "openai.key"
+
+    @property
+    def openai_keys_file(self) -> Path:
+        """Names and digests of the keys that the generators let in."""
+        return self.signing_key_file.parent / "openai.keys"
+
+    def openai_url_file(self, generator: str) -> Path:
+        return self.run_dir / f"openai-{generator}.url"
+
     def site_dir(self, site: str) -> Path:
         """What a site's own disk would hold; the home site's is the run directory."""
         return self.run_dir if site == HOME_SITE else self.run_dir / "sites" / site
@@ -156,13 +169,25 @@ def _rollout_makers(job: JobFile, endpoints: Endpoints, paths: JobPaths, site: s
     verifiers = [f"{prefix}verifier-{index}" for index in range(resources.verifiers)]
     actors = [f"{prefix}actor-{index}" for index in range(resources.actors)]
     return [
-        *(_process(name, "generator", logs, shared, resources.threads) for name in generators),
+        *(
+            _process(name, "generator", logs, {**shared, **_openai(name, paths)}, resources.threads)
+            for name in generators
+        ),
         *(_process(name, "verifier", logs, shared) for name in verifiers),
         *(
             _process(name, "actor", logs, {**actor, "LONGSHORE_SPOOL_DIR": str(paths.spool_dir(site, name))})
             for name in actors
         ),
     ]
+
+
+def _openai(generator: str, paths: JobPaths) -> dict[str, str]:
+    """Where a generator serves agents that were written for OpenAI's client."""
+    return {
+        "LONGSHORE_OPENAI_LISTEN": f"{LOOPBACK}:{placeholder(f'{generator}.openai')}",
+        "LONGSHORE_OPENAI_KEYS_FILE": str(paths.openai_keys_file),
+        "LONGSHORE_OPENAI_URL_FILE": str(paths.openai_url_file(generator)),
+    }
 
 
 def _shared(paths: JobPaths, site: str) -> dict[str, str]:

@@ -108,7 +108,7 @@ def api_key(state_dir: Path) -> Iterator[str]:
     """A new random key of the REST API, in api.key while the block runs."""
     key = secrets.token_urlsafe(32)
     path = state_dir / "api.key"
-    _write_private(path, key + "\n")
+    write_private(path, key + "\n")
     try:
         yield key
     finally:
@@ -119,7 +119,7 @@ def api_key(state_dir: Path) -> Iterator[str]:
 def announced(state_dir: Path, up: UpFile) -> Iterator[None]:
     """Says in up.json that the stack is up, while the block runs."""
     path = state_dir / "up.json"
-    _write_private(path, json.dumps(asdict(up)) + "\n")
+    write_private(path, json.dumps(asdict(up)) + "\n")
     try:
         yield
     finally:
@@ -142,7 +142,8 @@ def read_api_key(state_dir: Path) -> str:
     return (state_dir / "api.key").read_text(encoding="utf-8").strip()
 
 
-def _write_private(path: Path, text: str) -> None:
+def write_private(path: Path, text: str) -> None:
+    """Writes a file that only its owner may read, whole or not at all."""
     part = path.with_suffix(".part")
     part.unlink(missing_ok=True)
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:

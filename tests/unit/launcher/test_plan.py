@@ -50,11 +50,15 @@ def test_each_process_is_told_what_the_architecture_says() -> None:
     told = {name: {key.removeprefix("LONGSHORE_") for key in spec.env} for name, spec in plan.items()}
     common = {"NAME", "LISTEN", "METRICS_LISTEN", "JOB_FILE", "SITE"}
     assert told["learner"] >= common | {"BROKER_URL", "WEIGHTS", "RUN_DIR", "SIGNING_KEY_FILE", "BLOBS_URL"}
-    assert told["generator-0"] >= common | {"WEIGHTS"}
+    assert told["generator-0"] >= common | {"WEIGHTS", "OPENAI_LISTEN", "OPENAI_KEYS_FILE", "OPENAI_URL_FILE"}
     assert told["verifier-0"] >= common
     assert told["actor-0"] >= common | {
         *("BROKER_URL", "GENERATOR", "VERIFIER", "WEIGHTS", "SPOOL_DIR", "BLOBS_URL"),
     }
+    # Each generator has an address of its own, and knows digests of keys alone.
+    assert plan["generator-0"].env["LONGSHORE_OPENAI_LISTEN"] == "127.0.0.1:${PORT:generator-0.openai}"
+    assert plan["generator-0"].env["LONGSHORE_OPENAI_KEYS_FILE"] == "/state/jobs/j-1/openai.keys"
+    assert plan["generator-0"].env["LONGSHORE_OPENAI_URL_FILE"] == "/runs/j-1/openai-generator-0.url"
     # The signing key is the learner's alone.
     assert not any("SIGNING_KEY_FILE" in told[name] for name in told if name != "learner")
 

@@ -23,10 +23,10 @@ from longshore.generator.openai_http.bodies import Body, ChatBody, CompletionBod
 from longshore.generator.openai_http.draft import Draft, Piece, Reply, Told
 from longshore.generator.openai_http.exchange import KEEP_ALIVE_S, Exchange, Gone, timeout_s
 from longshore.generator.openai_http.faults import ApiError
-from longshore.generator.openai_http.keys import KeyFile
 from longshore.generator.openai_http.models import Models
 from longshore.generator.openai_http.room import Bytes, Places
 from longshore.generator.openai_http.vocabulary import Vocabulary
+from longshore.rpc.key_file import KeyFile
 
 # A body that asks for what the context holds: token ids as JSON, and messages, tools and their schemas.
 _BODY_BYTES, _BODY_BYTES_PER_TOKEN = 1024 * 1024, 32

@@ -11,11 +11,11 @@ from longshore.errors import ConfigError
 from longshore.generator.calls import Calls
 from longshore.generator.config import GeneratorSettings
 from longshore.generator.openai_http.app import OpenAiApp
-from longshore.generator.openai_http.keys import KeyFile
 from longshore.generator.openai_http.models import Models
 from longshore.generator.openai_http.vocabulary import Vocabulary
 from longshore.rpc.channel import is_local
 from longshore.rpc.http_server import serve_http
+from longshore.rpc.key_file import KeyFile
 from longshore.settings import JobFile
 
 log = structlog.get_logger()
@@ -36,7 +36,7 @@ class OpenAiServer:
         self._app = OpenAiApp(
             calls,
             Models(job.ref, job.spec.name),
-            KeyFile(settings.openai_keys_file),
+            KeyFile(settings.openai_keys_file, "LONGSHORE_OPENAI_KEYS_FILE"),
             stop,
             max_request_s=settings.max_request_s,
             replies_per_key=settings.openai_replies_per_key,

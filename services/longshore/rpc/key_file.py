@@ -33,9 +33,16 @@ def digest_line(name: str, key: str) -> str:
 class KeyFile:
     """The keys of one file."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises ConfigError when the file cannot be used."""
+    def __init__(self, path: Path, variable: str) -> None:
+        """
+        Args:
+            variable: the setting that `path` came from.
+
+        Raises:
+            ConfigError: the file cannot be used.
+        """
         self._path = path
+        self._where = f"{variable} {path}"
         self._seen = self._stamp()
         self._keys = self._read()
         self._check_at = time.monotonic() + RECHECK_S
@@ -72,16 +79,15 @@ class KeyFile:
         try:
             found = self._path.stat()
         except OSError as error:
-            raise ConfigError(f"LONGSHORE_OPENAI_KEYS_FILE {self._path}: {error.strerror}") from None
+            raise ConfigError(f"{self._where}: {error.strerror}") from None
         return found.st_mtime_ns, found.st_size, found.st_ino
 
     def _read(self) -> dict[str, bytes]:
-        where = f"LONGSHORE_OPENAI_KEYS_FILE {self._path}"
         try:
             with self._path.open(encoding="utf-8") as file:
                 text = file.read(_MAX_BYTES)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{where}: {error}") from None
+            raise ConfigError(f"{self._where}: {error}") from None
         keys: dict[str, bytes] = {}
         for number, line in enumerate(text.splitlines(), 1):
             stripped = line.strip()
@@ -90,8 +96,10 @@ class KeyFile:
             match = _LINE.fullmatch(stripped)
             # The line itself may be a key that somebody wrote in plain.
             if match is None:
-                raise ConfigError(f"{where}: line {number} is not a name and the 64 hex digits of a SHA-256 digest")
+                raise ConfigError(
+                    f"{self._where}: line {number} is not a name and the 64 hex digits of a SHA-256 digest"
+                )
             if match[1] in keys:
-                raise ConfigError(f"{where}: line {number}: the name {match[1]} is there twice")
+                raise ConfigError(f"{self._where}: line {number}: the name {match[1]} is there twice")
             keys[match[1]] = bytes.fromhex(match[2])
         return keys
