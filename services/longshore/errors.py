@@ -10,6 +10,7 @@
     |-- IntegrityError          a checksum or a signature does not match
     |-- Interrupted             a process was told to stop before its work was done
     |-- Unavailable             a peer cannot be reached or is not ready; worth a retry
+    |   `-- Busy                there is no room now; there will be, so there is no deadline
     `-- PluginError             an entry point is unknown or failed to load
 
 ValueError and assertions are for programming mistakes; these are for the world's.
@@ -86,6 +87,10 @@ class IntegrityError(LongshoreError):
 
 class Unavailable(LongshoreError):
     """A peer cannot be reached or is not ready; the caller may retry within its deadline."""
+
+
+class Busy(Unavailable):
+    """Everything that could do it is at work on something else; whoever waits has not failed."""
 
 
 class Interrupted(LongshoreError):

@@ -1,11 +1,15 @@
 """What a process is told at its start, by environment variables: the same on a laptop, in compose and in Kubernetes.
 
+What is secret may come in files instead: LONGSHORE_SECRETS_DIR names a folder in which, for example, the file
+`longshore_broker_url` stands for the variable LONGSHORE_BROKER_URL. A variable outweighs its file.
+
 Every process folder's `config.py` extends one of these. A JobSpec says what to train; settings say where things are.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Self
 
@@ -33,8 +37,11 @@ class ProcessSettings(BaseSettings):
     @classmethod
     def from_environment(cls) -> Self:
         """Reads the variables. Raises ConfigError naming every one that is missing or wrong."""
+        folder = os.environ.get("LONGSHORE_SECRETS_DIR") or None
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"LONGSHORE_SECRETS_DIR {folder}: there is no such folder")
         try:
-            return cls()
+            return cls(_secrets_dir=folder)
         except pydantic.ValidationError as error:
             faults = [
                 f"LONGSHORE_{'_'.join(str(part) for part in entry['loc']).upper()}: {entry['msg']}"

@@ -26,6 +26,13 @@ Port = Annotated[
 ]
 AsJson = Annotated[bool, Parameter(help="Print JSON for programs.", negative="")]
 LetterId = Annotated[str, Parameter(help="The id that `dead-letters list` prints.")]
+Served = Annotated[Service, Parameter(env_var="LONGSHORE_SERVICE")]
+Waiting = Annotated[
+    Literal["actor", "generator", "learner", "verifier"], Parameter(env_var="LONGSHORE_SERVICE", help="What it runs.")
+]
+Address = Annotated[
+    str, Parameter(help="host:port or unix:PATH; by default where this container's own process listens.")
+]
 Home = Annotated[str, Parameter(help="Only for a relay: host:port of its home site's weight store.")]
 JobId = Annotated[str, Parameter(help="The id that `submit` printed.")]
 
@@ -177,7 +184,7 @@ def validate(job_file: JobFile, /) -> int:
 
 
 @app.command(sort_key=12)
-def serve(service: Service, /, *, home: Home = "") -> int:
+def serve(service: Served, /, *, home: Home = "") -> int:
     """Run one service process; its settings are environment variables (see docs/architecture.md)."""
     from longshore.errors import ConfigError
 
@@ -199,6 +206,28 @@ def serve(service: Service, /, *, home: Home = "") -> int:
         sys.stderr.write(f"longshore {service}: {error}\n")
         return 2
     return _end(code)
+
+
+@app.command(sort_key=13)
+def wait(service: Waiting, /) -> int:
+    """Wait for jobs: run the processes of one service that a gateway gives out (see docs/deploy.md)."""
+    from longshore.errors import ConfigError
+    from longshore.launcher import waiting
+
+    try:
+        code = waiting.main(service)
+    except ConfigError as error:
+        sys.stderr.write(f"longshore wait {service}: {error}\n")
+        return 2
+    return _end(code)
+
+
+@app.command(sort_key=14)
+def healthcheck(address: Address = "", /) -> int:
+    """Exit with 0 if the process at an address says that it serves, with 1 if not."""
+    from longshore.console import healthcheck
+
+    return healthcheck.check(address)
 
 
 def _end(code: int) -> NoReturn:

@@ -17,6 +17,8 @@ class GatewaySettings(ProcessSettings, BrokerSettings):
     runs_dir: Path = Field(description="each job's folder is made in here")
     state_dir: Path = Field(description="jobs' signing keys are kept in here")
     weights: str = Field(description="address of the weight store")
-    supervisor: str = Field(description="address of the launcher that runs jobs")
+    supervisor: str = Field(
+        description="what runs jobs: a supervisor's address, or workers:FOLDER with the sockets of waiting workers"
+    )
     api_key_file: Path = Field(description="file with the key that callers must send")
     jobs_since: float = Field(0.0, ge=0, description="Unix seconds; jobs created earlier are left alone")

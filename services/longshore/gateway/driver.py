@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from longshore.errors import Conflict, LongshoreError, Unavailable
+from longshore.errors import Busy, Conflict, LongshoreError, Unavailable
 from longshore.gateway.states import LEARNER_EVENTS, Body, JobState
 from longshore.gateway.store import Job, JobStore
 from longshore.gateway.units import Launcher, Units
@@ -111,6 +111,9 @@ class JobDriver:
             await self._move(JobState.STARTING)
 
     async def _check_start_deadline(self, error: Unavailable) -> None:
+        if isinstance(error, Busy):
+            # Its turn comes when another job ends, however long that takes.
+            self._started = time.monotonic()
         if not self._applied and time.monotonic() - self._started > START_TIMEOUT_S:
             await self._fail(f"could not be started within {START_TIMEOUT_S:.0f} s: {error}")
 

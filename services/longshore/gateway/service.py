@@ -21,7 +21,7 @@ from longshore.gateway.reconcile import Reconciler
 from longshore.gateway.store import Job, JobStore
 from longshore.gateway.units import Units
 from longshore.launcher.broker_server import site_brokers
-from longshore.launcher.client import SupervisorClient
+from longshore.launcher.connect import connect_launcher
 from longshore.launcher.plan import Endpoints, plan_job
 from longshore.launcher.spec import ProcessSpec
 from longshore.rollout_queue import broker
@@ -83,7 +83,7 @@ def _rotation(settings: GatewaySettings) -> Rotate:
 def _parts(
     settings: GatewaySettings, store: JobStore, client: Redis, books: Books, resources: contextlib.AsyncExitStack
 ) -> Parts:
-    launcher = SupervisorClient(settings.supervisor)
+    launcher = connect_launcher(settings.supervisor)
     resources.push_async_callback(launcher.close)
     endpoints = Endpoints(settings.broker_url, settings.weights)
 
