@@ -24,7 +24,7 @@ from longshore.launcher.client import SupervisorClient
 from longshore.launcher.connect import connect_launcher
 from longshore.launcher.fleet import Fleet
 from longshore.launcher.plan import Endpoints, JobPaths, plan_job
-from longshore.launcher.spec import ProcessSpec, ProcessState, UnitState, UnitStatus
+from longshore.launcher.spec import ProcessSpec, UnitState, UnitStatus
 from longshore.launcher.worker_sockets import find_workers
 from longshore.settings import JobFile
 
@@ -90,7 +90,7 @@ async def followed(sockets: Path) -> AsyncIterator[tuple[Fleet, Units]]:
 
 async def until(units: Units, unit: str, condition: Callable[[UnitStatus | None], bool]) -> UnitStatus | None:
     async with asyncio.timeout(DEADLINE_S):
-        while not condition(units.get(unit)):
+        while not condition(units.get(unit)):  # noqa: ASYNC110 - what changes is in another task's hands
             await asyncio.sleep(0.05)
     return units.get(unit)
 
@@ -227,7 +227,7 @@ async def test_a_worker_runs_its_own_service_alone(workers: Workers, tmp_path: P
             async for said in client.watch():
                 if said["j/x"].processes[0].pid:
                     break
-        line = Path(f"/proc/{said['j/x'].processes[0].pid}/cmdline").read_bytes()
+        line = await asyncio.to_thread(Path(f"/proc/{said['j/x'].processes[0].pid}/cmdline").read_bytes)
         assert b"sleep" not in line
     finally:
         await client.close()

@@ -233,8 +233,8 @@ class Fleet:
             moves = wanted.moves.get(spec.name, 0)
             holder = self._holder(unit, spec.name)
             if holder is None:
-                state = ProcessState.BACKOFF if moves else ProcessState.STARTING
-                processes.append(ProcessStatus(spec.name, state, 0, moves, None, str(spec.log_path)))
+                waits = ProcessState.BACKOFF if moves else ProcessState.STARTING
+                processes.append(ProcessStatus(spec.name, waits, 0, moves, None, str(spec.log_path)))
                 continue
             said = holder.processes(unit)[spec.name]
             ends += [said] if said.state is not UnitState.RUNNING else []

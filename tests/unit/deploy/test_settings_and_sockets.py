@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from longshore.console.healthcheck import own_address
+from longshore.errors import ConfigError
+from longshore.launcher.spec import ProcessSpec, Ready, ReadyKind
+from longshore.launcher.waiting import WorkerSettings
+from longshore.launcher.worker_sockets import WorkerName, find_workers, on_sockets
+from longshore.weights.config import WeightsSettings
+
+ROOT = Path(__file__).parents[3]
+
+
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_secret_comes_from_its_file_unless_the_variable_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "longshore_store_url").write_text("s3://bucket\n")
+    monkeypatch.setenv("LONGSHORE_SECRETS_DIR", str(tmp_path))
+    assert WeightsSettings.from_environment().store_url == "s3://bucket"
+    monkeypatch.setenv("LONGSHORE_STORE_URL", "/var/weights")
+    assert WeightsSettings.from_environment().store_url == "/var/weights"
+    monkeypatch.setenv("LONGSHORE_SECRETS_DIR", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"LONGSHORE_SECRETS_DIR .*none"):
+        WeightsSettings.from_environment()
+
+
+def test_a_health_check_asks_where_its_own_process_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("LONGSHORE_LISTEN", "LONGSHORE_SOCKETS_DIR", "LONGSHORE_SERVICE"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(ConfigError, match="name an address"):
+        own_address()
+    monkeypatch.setenv("LONGSHORE_LISTEN", "0.0.0.0:7443")
+    assert own_address() == "localhost:7443"
+    monkeypatch.setenv("LONGSHORE_LISTEN", "unix:/run/weights.sock")
+    assert own_address() == "unix:/run/weights.sock"
+    monkeypatch.delenv("LONGSHORE_LISTEN")
+    monkeypatch.setenv("LONGSHORE_SOCKETS_DIR", str(tmp_path))
+    with pytest.raises(ConfigError, match="does not wait for jobs; actor, generator"):
+        own_address()
+    monkeypatch.setenv("LONGSHORE_SERVICE", "actor")
+    assert own_address() == WorkerSettings(sockets_dir=tmp_path).address("actor")
+    assert own_address().startswith(f"unix:{tmp_path}/actor.4.")
+
+
+def test_sockets_take_the_place_of_the_ports_that_a_plan_leaves_open(tmp_path: Path) -> None:
+    env = {
+        "LONGSHORE_LISTEN": "127.0.0.1:${PORT:actor-0.grpc}",
+        "LONGSHORE_GENERATOR": "127.0.0.1:${PORT:generator-0.grpc}",
+        "LONGSHORE_METRICS_LISTEN": "127.0.0.1:${PORT:actor-0.metrics}",
+    }
+    spec = ProcessSpec("actor-0", "actor", ("x",), env, tmp_path, Ready(ReadyKind.GRPC, env["LONGSHORE_LISTEN"]))
+    placed = on_sockets(spec, "job-1", Path("/run/longshore"))
+    assert re.fullmatch(r"unix:/run/longshore/[0-9a-f]{8}-actor-0\.sock", placed.env["LONGSHORE_LISTEN"])
+    assert placed.ready.address == placed.env["LONGSHORE_LISTEN"]
+    assert placed.env["LONGSHORE_GENERATOR"].endswith("-generator-0.sock")
+    assert placed.env["LONGSHORE_METRICS_LISTEN"] == env["LONGSHORE_METRICS_LISTEN"]
+    assert on_sockets(spec, "job-2", Path("/run/longshore")).env != placed.env
+
+
+def test_workers_are_found_by_the_names_of_their_sockets(tmp_path: Path) -> None:
+    name = WorkerName("actor", 4, "3f2a")
+    for path in (name.socket(tmp_path), tmp_path / "ab12-actor-0.sock", tmp_path / "gateway.1.x.worker"):
+        path.touch()
+    assert find_workers(tmp_path) == {name.socket(tmp_path): name}
+
+
+def test_secrets_are_made_once_and_fit_each_other(tmp_path: Path) -> None:
+    make = script("deploy/compose/make_secrets.py").make
+    folder = tmp_path / "secrets"
+    made = make(folder)
+    text = {name: (folder / name).read_text().strip() for name in made}
+    assert f"requirepass {text['longshore_broker_url'].split(':')[2].split('@')[0]}" in text["broker.conf"]
+    assert f":{text['postgres_password']}@" in text["longshore_database_url"]
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert make(folder) == []
+    assert {name: (folder / name).read_text().strip() for name in made} == text
+
+
+def test_an_image_installs_what_its_extra_says() -> None:
+    requirements = script("deploy/docker/requirements.py").requirements
+    actor = requirements(ROOT / "pyproject.toml", ["actor"])
+    assert any(line.startswith("tokenizers") for line in actor)
+    assert not any(line.startswith(("torch", "longshore")) for line in actor)
+    assert any(line.startswith("torch") for line in requirements(ROOT / "pyproject.toml", ["local"]))
