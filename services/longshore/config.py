@@ -181,6 +181,38 @@ class EvaluationSpec(Spec):
     tasks: int = Field(0, ge=0, le=1_000_000)
 
 
+class GeneratorSpec(Spec):
+    """What draws the tokens; see docs/generation.md."""
+
+    engine: Literal["torch", "vllm"] = Field("torch", description="vllm needs an environment of its own: make vllm")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="what the engine computes in")
+    update: Literal["keep", "drain"] = Field(
+        "keep", description="running requests go on under a new version, or end before it is loaded"
+    )
+    kv_after_update: Literal["keep", "recompute"] = Field(
+        "keep", description="the cache of requests that go on: as the old weights left it, or computed anew"
+    )
+    tensor_parallel: int = Field(1, ge=1, le=64, description="devices that share one model")
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> GeneratorSpec:
+        if self.engine == "vllm":
+            return self
+        refuse(
+            [
+                Misfit(name, value, f"must be {only} with engine torch", ("engine",))
+                for name, value, only in (
+                    ("dtype", self.dtype, "float32"),
+                    ("update", self.update, "keep"),
+                    ("kv_after_update", self.kv_after_update, "keep"),
+                    ("tensor_parallel", self.tensor_parallel, 1),
+                )
+                if value != only
+            ]
+        )
+        return self
+
+
 class WeightsSpec(Spec):
     """How policy versions are published."""
 
@@ -235,6 +267,7 @@ class JobSpec(Spec):
     warm_start: WarmStartSpec | None = None
     train: TrainSpec
     evaluation: EvaluationSpec = EvaluationSpec()
+    generator: GeneratorSpec = GeneratorSpec()
     weights: WeightsSpec = WeightsSpec()
     resources: ResourcesSpec = ResourcesSpec()
     sites: tuple[SiteSpec, ...] = Field((), max_length=64, description="rollout sites beside the home site")
@@ -267,6 +300,9 @@ class JobSpec(Spec):
         if self.environment.name == "single-turn" and turns != 1:
             message = "must be 1 with environment.name single-turn"
             misfits.append(Misfit("environment.max_turns", turns, message, ("environment.name",)))
+        if self.generator.engine == "vllm" and not 0.01 <= self.sampling.temperature <= 2:
+            message = "must lie in 0.01..2 with generator.engine vllm"
+            misfits.append(Misfit("sampling.temperature", self.sampling.temperature, message, ("generator.engine",)))
         if self.train.warmup_steps > self.train.steps:
             message = f"must not exceed train.steps {self.train.steps}"
             misfits.append(Misfit("train.warmup_steps", self.train.warmup_steps, message, ("train.steps",)))

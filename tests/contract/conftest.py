@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,12 @@ async def stopped_weights(tmp_path: Path) -> AsyncIterator[WeightsBench]:
     bench = WeightsBench(tmp_path)
     yield bench
     await bench.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _end_vllm() -> Iterator[None]:
+    """vLLM's processes end before the tests' output does."""
+    yield
+    rig = sys.modules.get("vllm_rig")
+    if rig is not None:
+        rig.end()

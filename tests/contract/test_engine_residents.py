@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from engine_rig import (
-    ENGINES,
     LONG,
     PROMPT,
+    SEVERAL,
     SLOTS,
     WAIT_S,
     PausedAtFirstEvent,
     Rig,
     assert_matches,
+    each,
     proof_of,
     takes_requests,
 )
@@ -34,11 +35,11 @@ def models() -> Models:
     return {version: tiny_model(seed=10 * version) for version in (1, 2, 3)}
 
 
-@pytest.fixture(params=list(ENGINES))
+@pytest.fixture(params=each(SEVERAL))
 def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
     # An engine that sleeps must be woken by what happens, not by its clock.
     monkeypatch.setattr("longshore.generator.torch_slots.IDLE_S", 3600.0)
-    return ENGINES[request.param]
+    return SEVERAL[request.param]
 
 
 @pytest.fixture

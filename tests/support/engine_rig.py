@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from tiny_llama import CONTEXT, canary_logprobs, config_json, named_tensors, reference_logprobs
 from transformers import LlamaForCausalLM
 
@@ -43,7 +47,21 @@ def _torch_slots(model: LlamaForCausalLM, emit: Emit, slots: int, max_waiting: i
     )
 
 
-ENGINES: dict[str, Callable[[LlamaForCausalLM, Emit, int, int, int], Engine]] = {"torch-slots": _torch_slots}
+def _vllm(model: LlamaForCausalLM, emit: Emit, slots: int, max_waiting: int, residents: int) -> Engine:
+    import vllm_rig
+
+    return vllm_rig.make(config_json(model), emit, slots, max_waiting)
+
+
+Maker = Callable[[LlamaForCausalLM, Emit, int, int, int], Engine]
+# What is not marked vllm holds several versions at a time.
+SEVERAL: dict[str, Maker] = {"torch-slots": _torch_slots}
+ENGINES: dict[str, Maker] = {**SEVERAL, "vllm": _vllm}
+
+
+def each(engines: Mapping[str, Maker]) -> list[ParameterSet]:
+    """For pytest's parametrize: vLLM's tests run in its own environment (`make test-vllm`)."""
+    return [pytest.param(name, marks=pytest.mark.vllm if name == "vllm" else ()) for name in engines]
 
 
 @dataclass
@@ -84,7 +102,13 @@ class Rig:
         self.on_events: Callable[[Sequence[EngineEvent]], None] = lambda events: None
         self._events: queue.Queue[EngineEvent] = queue.Queue()
         self.outcomes: dict[str, Outcome] = {}
+        # Holds what draws, where that is not the engine's thread.
+        self.frozen: AbstractContextManager[None] = contextlib.nullcontext()
         self.engine = make(model, self._emit, slots, max_waiting, residents)
+        if self.engine.fingerprint.engine == "vllm":
+            import vllm_rig
+
+            self.frozen = vllm_rig.frozen()
 
     def _emit(self, events: Sequence[EngineEvent]) -> None:
         self.on_events(events)
@@ -163,13 +187,15 @@ class PausedAtFirstEvent:
         self._seen: queue.Queue[None] = queue.Queue()
         self._go: queue.Queue[None] = queue.Queue()
         self._name = name
+        self._rig = rig
         rig.on_events = self._on_events
 
     def _on_events(self, events: Sequence[EngineEvent]) -> None:
         if self._name and any(event.request_id == self._name for event in events):
             self._name = ""
-            self._seen.put(None)
-            self._go.get(timeout=WAIT_S)
+            with self._rig.frozen:
+                self._seen.put(None)
+                self._go.get(timeout=WAIT_S)
 
     def __enter__(self) -> None:
         self._seen.get(timeout=WAIT_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 
@@ -11,7 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from longshore.weights.client import Tensor
 
 VOCABULARY = 40
-CONTEXT = 64
+_VLLM = importlib.util.find_spec("vllm") is not None
+# vLLM draws on in processes of its own while a test thinks: its replies have to be long enough for that.
+CONTEXT = 256 if _VLLM else 64
+# Its attention on a CPU has no smaller heads.
+HEAD_DIM = 32 if _VLLM else 16
 
 torch.set_num_threads(1)
 
@@ -34,6 +39,7 @@ def tiny_model(
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
+        head_dim=HEAD_DIM,
         max_position_embeddings=context,
         tie_word_embeddings=tie,
         rope_parameters={"rope_type": "default", "rope_theta": theta},

@@ -52,6 +52,14 @@ def test_the_good_one_has_none() -> None:
         ({"sampling": {"max_new_tokens": 64}}, "sampling.max_new_tokens: must be below model.max_context 64: "),
         ({"environment": {"max_turns": 2}}, "environment.max_turns: must be 1 with environment.name single-turn"),
         ({"train": {"steps": 3, "warmup_steps": 4}}, "train.warmup_steps: must not exceed train.steps 3"),
+        ({"generator": {"engine": "trt"}}, "generator.engine: Input should be 'torch' or 'vllm'"),
+        ({"generator": {"dtype": "bfloat16"}}, "generator.dtype: must be float32 with engine torch"),
+        ({"generator": {"update": "drain"}}, "generator.update: must be keep with engine torch"),
+        ({"generator": {"tensor_parallel": 2}}, "generator.tensor_parallel: must be 1 with engine torch"),
+        (
+            {"generator": {"engine": "vllm"}, "sampling": {"temperature": 2.5}},
+            "sampling.temperature: must lie in 0.01..2 with generator.engine vllm",
+        ),
         ({"name": "a\ud800"}, "name: must be text without zero bytes and half characters"),
     ],
 )

@@ -22,6 +22,7 @@ from longshore.gateway.store import Job, JobStore
 from longshore.gateway.units import Units
 from longshore.launcher.broker_server import site_brokers
 from longshore.launcher.connect import connect_launcher
+from longshore.launcher.interpreter import generator_python
 from longshore.launcher.plan import Endpoints, plan_job
 from longshore.launcher.spec import ProcessSpec
 from longshore.rollout_queue import broker
@@ -90,6 +91,7 @@ def _parts(
     async def prepare_job(job: Job) -> Sequence[ProcessSpec]:
         paths = job_paths(settings.runs_dir, settings.state_dir, job.id)
         file = await asyncio.to_thread(prepare, job, paths)
+        python = generator_python(file.spec)
         weights = WeightsClient(settings.weights, file.ref, bytes.fromhex(file.learner_public_key))
         try:
             await weights.register_key(file.spec.weights.keep)
@@ -97,7 +99,7 @@ def _parts(
             await weights.close()
         sites = [site.name for site in file.spec.sites]
         brokers = await asyncio.to_thread(site_brokers, sites, paths, settings.supervisor)
-        return plan_job(file, endpoints, paths, brokers)
+        return plan_job(file, endpoints, paths, brokers, python)
 
     return Parts(
         store=store,

@@ -18,6 +18,7 @@ class GeneratorSettings(JobProcessSettings):
     held_mb: int = Field(8192, ge=1, description="most memory of versions as published, in MiB: the bases of deltas")
     max_waiting: int = Field(4096, ge=0, description="requests that may wait for a slot; more are refused")
     cache_mb: int = Field(4096, ge=1, description="most memory of the KV cache, in MiB; bounds the context")
+    gpu_memory: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory for weights and cache (vllm)")
     max_request_s: float = Field(600.0, gt=0, description="seconds after which any request ends, whatever it asked for")
     openai_listen: str = Field("", description="host:port of the OpenAI-compatible interface; empty: there is none")
     openai_keys_file: Path | None = Field(None, description="names and digests of the API keys that it lets in")

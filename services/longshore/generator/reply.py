@@ -25,7 +25,8 @@ class Reply:
         self.version = version
         # None until the first swap: then the oldest version that the cache holds keys and values of.
         self._carried_since: int | None = None
-        self._left = min(request.sampling.max_new_tokens, context - len(request.token_ids))
+        # Tokens that it may have yet.
+        self.left = min(request.sampling.max_new_tokens, context - len(request.token_ids))
         self._stop = frozenset(request.sampling.stop_token_ids)
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
@@ -38,21 +39,31 @@ class Reply:
             self._flush_at = now + FLUSH_S
         self._token_ids.append(token)
         self._logprobs.append(logprob)
-        self._left -= 1
+        self.left -= 1
         if token in self._stop:
             return self._event(FinishReason.STOP)
-        if self._left == 0:
+        if self.left == 0:
             return self._event(FinishReason.LENGTH)
         if len(self._token_ids) >= self._flush_tokens or now >= self._flush_at:
             return self._event(None)
         return None
 
-    def swapped(self, version: int) -> TokensDrawn | None:
-        """Goes on under another version with the cache as it is; the event of the old version's tokens, if any."""
+    def swapped(self, version: int, recomputed: bool = False) -> TokensDrawn | None:
+        """Goes on under another version; the event of the old version's tokens, if any.
+
+        Args:
+            recomputed: whether the new version computes the cache anew; else it goes on with it as it is.
+        """
         event = self._event(None) if self._token_ids else None
         oldest = self.version if self._carried_since is None else self._carried_since
-        self._carried_since = min(oldest, version)
+        self._carried_since = None if recomputed else min(oldest, version)
         self.version = version
+        return event
+
+    def restarted(self) -> TokensDrawn | None:
+        """Goes on with a cache that the present version computes anew; the event of the tokens before that, if any."""
+        event = self._event(None) if self._token_ids else None
+        self._carried_since = None
         return event
 
     def _event(self, finish: FinishReason | None) -> TokensDrawn:

@@ -19,11 +19,18 @@ PREFILL_TOKENS = 8192
 class Scheduler:
     """The requests of one engine with `slots` slots, each for prompt and reply of up to `context` tokens."""
 
-    def __init__(self, slots: int, context: int, residents: int = 1) -> None:
+    def __init__(
+        self, slots: int, context: int, residents: int = 1, *, drain: bool = False, recompute: bool = False
+    ) -> None:
         """
         Args:
             residents: versions that may be in memory at a time, the served one among them.
+            drain: whether running requests hold a swap until they have ended; none is admitted then but who needs the
+                served version.
+            recompute: whether caches are computed anew after a swap.
         """
+        self._drain = drain
+        self._recompute = recompute
         # The version that is served; None until the first swap.
         self.version: int | None = None
         # The version of a swap that waits for requests which only the served version may answer.
@@ -74,7 +81,7 @@ class Scheduler:
             if len(admitted) == len(self._free) or (admitted and tokens + len(request.token_ids) > PREFILL_TOKENS):
                 break
             version = self._place(request)
-            if version is not None:
+            if version is not None and not (self._is_draining and not self._holds_swap(request)):
                 tokens += len(request.token_ids)
                 slot = self._free[-1 - len(admitted)]
                 admitted.append(Reply(request, slot, version, self._context))
@@ -104,7 +111,10 @@ class Scheduler:
 
     @property
     def swap_is_held(self) -> bool:
-        """Whether requests in flight need the served version after the swap, and every place beside is in use."""
+        """Whether requests in flight need the served version after the swap, and every place beside is in use; when
+        draining, whether any are running."""
+        if self._is_draining and self._running:
+            return True
         return self._is_needed() and self._is_full() and self._idle() is None
 
     def swapped(self) -> tuple[list[TokensDrawn], list[RequestFailed], list[int]]:
@@ -128,7 +138,7 @@ class Scheduler:
         self._beside.pop(new, None)
         self.version, self.next_version = new, None
         moving = [reply for slot, reply in self._running.items() if reply.version == old and slot not in staying]
-        events = [reply.swapped(new) for reply in moving]
+        events = [reply.swapped(new, self._recompute) for reply in moving]
         outdated = [item for item in self._waiting.values() if self._place(item) is None and _outdated(item, new)]
         for request in outdated:
             del self._waiting[request.request_id]
@@ -161,6 +171,10 @@ class Scheduler:
         for version in gone:
             del self._beside[version]
         return gone
+
+    @property
+    def _is_draining(self) -> bool:
+        return self._drain and self.next_version is not None
 
     def _place(self, request: EngineRequest) -> int | None:
         """The resident version that may answer a request, the served one rather than another."""

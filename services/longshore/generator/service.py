@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ import structlog
 import torch
 
 from longshore.errors import IntegrityError, Rejected, Unavailable
-from longshore.generator import metrics
 from longshore.generator.calls import Call, Calls
 from longshore.generator.config import GeneratorSettings
 from longshore.generator.engine import (
@@ -28,8 +26,7 @@ from longshore.generator.engine import (
     check_length,
 )
 from longshore.generator.follower import Follower
-from longshore.generator.llama_config import read_config
-from longshore.generator.torch_slots import SlotOptions, TorchSlotsEngine
+from longshore.generator.making import make_engine
 from longshore.proto.v1 import generator_pb2, generator_pb2_grpc, rollout_pb2
 from longshore.rpc import convert
 from longshore.rpc.convert_rollout import engine_to_proto
@@ -177,19 +174,15 @@ class _EngineHost:
         self._job = job
         self._calls = calls
         self._loop = asyncio.get_running_loop()
-        self._engine: TorchSlotsEngine | None = None
+        self._engine: Engine | None = None
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
     def make(self, config: bytes) -> Engine:
         """Called on a worker thread. Raises ConfigError when the engine cannot run the model."""
-        engine = TorchSlotsEngine(
-            read_config(config), self._options(), self._calls.deliver, metrics.EngineMetrics(self._job.ref)
-        )
+        engine = make_engine(self._settings, self._job, config, self._calls.deliver)
         self._engine = engine
         engine.ended.add_done_callback(lambda ended: self._loop.call_soon_threadsafe(self._end, ended.exception()))
         log.info("engine made", engine=engine.fingerprint.engine, config=engine.fingerprint.config_digest)
-        if engine.limits.context < engine.shape.max_position_embeddings:
-            log.warning("the cache bounds the context", tokens=engine.limits.context)
         return engine
 
     async def close(self) -> None:
@@ -201,18 +194,6 @@ class _EngineHost:
             self.ended.set_result(None)
         else:
             self.ended.set_exception(error)
-
-    def _options(self) -> SlotOptions:
-        spec, settings = self._job.spec, self._settings
-        return SlotOptions(
-            slots=spec.resources_at(settings.site).generator_slots,
-            max_waiting=settings.max_waiting,
-            cache_bytes=settings.cache_mb * 1024 * 1024,
-            # Neither two generators of a job nor two lives of one may draw the same tokens: what was lost with the one
-            # life is drawn in the next, and members of one group in both.
-            seed=secrets.randbits(56),
-            residents=settings.residents,
-        )
 
 
 async def serve(settings: GeneratorSettings, stop: asyncio.Event) -> None:

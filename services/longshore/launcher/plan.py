@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -104,12 +104,17 @@ NO_BROKERS: Mapping[str, BrokerCommand] = MappingProxyType({})
 
 
 def plan_job(
-    job: JobFile, endpoints: Endpoints, paths: JobPaths, site_brokers: Mapping[str, BrokerCommand] = NO_BROKERS
+    job: JobFile,
+    endpoints: Endpoints,
+    paths: JobPaths,
+    site_brokers: Mapping[str, BrokerCommand] = NO_BROKERS,
+    generator_python: str = sys.executable,
 ) -> list[ProcessSpec]:
     """The processes of one job; the learner completes the unit.
 
     Args:
         site_brokers: how to start the broker of each rollout site of the job.
+        generator_python: the interpreter of the job's generators, where that is not the others' (see interpreter.py).
     """
     env = {
         **_shared(paths, HOME_SITE),
@@ -123,7 +128,11 @@ def plan_job(
     plan = [learner, *_rollout_makers(job, endpoints, paths, HOME_SITE)]
     for site in job.spec.sites:
         plan += _plan_site(job, site, endpoints, paths, site_brokers[site.name])
-    return plan
+    return [_run_by(process, generator_python) if process.service == "generator" else process for process in plan]
+
+
+def _run_by(process: ProcessSpec, python: str) -> ProcessSpec:
+    return replace(process, argv=(python, *process.argv[1:]))
 
 
 def _plan_site(

@@ -311,3 +311,45 @@ def test_a_skipped_version_beside_still_answers() -> None:
     assert swap(made, 9) == ([], [], [])
     made.add(request("again", pinned(7)))
     assert [reply.version for reply in made.admit()] == [7]
+
+
+def test_a_drain_lets_what_runs_end_and_admits_nobody_meanwhile() -> None:
+    made = Scheduler(4, context=16, drain=True)
+    made.version = 5
+    made.add(request("running"))
+    assert admitted(made) == ["running"]
+    made.next_version = 6
+    assert made.swap_is_held
+    made.add(request("any"))
+    assert admitted(made) == []
+    made.drop("running")
+    assert not made.swap_is_held
+    made.swapped()
+    assert [(reply.request.request_id, reply.version) for reply in made.admit()] == [("any", 6)]
+
+
+def test_a_drain_still_answers_who_needs_the_served_version() -> None:
+    made = Scheduler(4, context=16, drain=True)
+    made.version = 5
+    made.add(request("pinned", (5, 5)))
+    made.add(request("any"))
+    made.next_version = 6
+    assert made.swap_is_held
+    assert admitted(made) == ["pinned"]
+    made.drop("pinned")
+    assert not made.swap_is_held
+
+
+def test_what_is_recomputed_is_not_marked_as_carried() -> None:
+    made = Scheduler(1, context=16, recompute=True)
+    made.version = 5
+    made.add(request("a"))
+    (reply,) = made.admit()
+    made.drawn(reply.slot, 1, -0.5, 0.0)
+    made.next_version = 6
+    events, _, _ = made.swapped()
+    assert [(event.version, event.kv, event.kv_min_version) for event in events] == [(5, KvMark.RECOMPUTED, None)]
+    for token in (2, 3, 4):
+        event = made.drawn(reply.slot, token, -0.5, 0.0)
+    assert event is not None
+    assert (event.version, event.kv, event.kv_min_version, event.token_ids) == (6, KvMark.RECOMPUTED, None, (2, 3, 4))

@@ -166,3 +166,11 @@ def test_a_broker_that_is_there_is_not_started(url: str) -> None:
     plan = plan_stack(url, STACK, 8080)
     assert [spec.name for spec in plan] == ["weights", "gateway"]
     assert plan[1].env["LONGSHORE_BROKER_URL"] == url
+
+
+def test_another_python_is_the_generators_alone() -> None:
+    plan = plan_job(job([{"name": "west"}]), ENDPOINTS, PATHS, {"west": WEST}, "/vllm/bin/python")
+    pythons = {spec.name: spec.argv[0] for spec in plan if spec.service != "broker"}
+    assert pythons.pop("generator-0") == pythons.pop("west-generator-0") == "/vllm/bin/python"
+    assert set(pythons.values()) == {sys.executable}
+    assert by_name(plan)["generator-0"].argv[1:] == ("-m", "longshore", "serve", "generator")
