@@ -3,6 +3,7 @@
     LongshoreError
     |-- InvalidJobSpec          faults of a JobSpec, each with its path (CLI: exit 2, REST: 422)
     |-- ConfigError             a process was started with settings that cannot work
+    |-- Forbidden               whoever asks may not do this
     |-- NotFound                no such job, version, ticket
     |-- Conflict                the state does not allow what was asked
     |   `-- Fenced              an older learner epoch or lease attempt tried to write
@@ -58,6 +59,10 @@ class InvalidJobSpec(LongshoreError):
 
 class ConfigError(LongshoreError):
     """A process cannot work with the settings that it was given."""
+
+
+class Forbidden(LongshoreError):
+    """Whoever asks may not do this; another key or role may."""
 
 
 class NotFound(LongshoreError):

@@ -74,7 +74,8 @@ async def test_every_error_is_a_problem(bench: GatewayBench) -> None:
         faults = problem_of(await http.get("/v1/jobs", params={"limit": "0"}), 422)["faults"]
         assert isinstance(faults, list)
         assert faults[0]["path"] == "query.limit"
-        problem_of(await http.get("/v1/jobs/x/events", headers={"Last-Event-ID": "abc"}), 422)
+        events = f"/v1/jobs/{await bench.submit()}/events"
+        problem_of(await http.get(events, headers={"Last-Event-ID": "abc"}), 422)
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,23 @@ from redis.asyncio import Redis
 from longshore.client import ApiClient
 from longshore.config import JobSpec, parse_job
 from longshore.errors import Conflict, Fault, InvalidJobSpec
-from longshore.gateway.app import Api
+from longshore.gateway.api_keys import ApiKeys
+from longshore.gateway.app import Services, make_app
+from longshore.gateway.audit import AuditLog
+from longshore.gateway.auth import CALLER_RATE, Authenticator
 from longshore.gateway.books import Books
 from longshore.gateway.database import Database
 from longshore.gateway.driver import Parts
-from longshore.gateway.jobs import Jobs
+from longshore.gateway.jobs import Jobs, Places
+from longshore.gateway.places import Limits
+from longshore.gateway.prepare import job_paths
+from longshore.gateway.projects import Projects
 from longshore.gateway.reconcile import Reconciler
+from longshore.gateway.rollout_views import Rollouts
 from longshore.gateway.states import JobState
 from longshore.gateway.store import Job, JobStore
 from longshore.gateway.units import Units
+from longshore.gateway.versions import Versions
 from longshore.launcher.spec import ProcessSpec, ProcessState, ProcessStatus, Ready, ReadyKind, UnitState, UnitStatus
 from longshore.rollout_queue.channel import JobChannel
 from longshore.rpc.http_server import serve_http
@@ -94,6 +102,10 @@ class GatewayBench:
         self.checks = 0
         self.prepared: list[str] = []
         self.jobs_since = 0.0
+        self.room = Limits()
+        self.rate = CALLER_RATE
+        # Address of a weight store, where a test has one.
+        self.weights = "127.0.0.1:1"
         self.store: JobStore
         self.url = ""
 
@@ -103,20 +115,45 @@ class GatewayBench:
         self.database = Database(f"sqlite+aiosqlite:///{self.folder / 'jobs.db'}")
         await self.database.open()
         self.store = JobStore(self.database)
-        api = Api(Jobs(self.store, self._check, self._rotate), self.books, self.folder / "runs", KEY, self._stop)
-        self._reconciling = asyncio.create_task(Reconciler(self._parts(), self.jobs_since).run(self._stop))
+        runs, parts = self.folder / "runs", self._parts()
+        projects, self.keys = Projects(self.database), ApiKeys(self.database)
+        services = Services(
+            jobs=Jobs(self.store, projects, self._check, runs, Places(self.room, self.folder / "data")),
+            books=self.books,
+            rollouts=Rollouts(self.redis, runs),
+            versions=Versions(self.weights, lambda job_id: job_paths(runs, self.folder, job_id)),
+            units=parts.units,
+            keys=self.keys,
+            projects=projects,
+            audit=AuditLog(self.database),
+            authenticate=Authenticator(self.keys, KEY, self.rate),
+            rotate=self._rotate,
+            runs_dir=runs,
+        )
+        self.app = make_app(services, self._stop)
+        reconciler = Reconciler(parts, projects, self.room, self.jobs_since)
+        self._reconciling = asyncio.create_task(reconciler.run(self._stop))
         listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         async def on_listening(address: str) -> None:
             listening.set_result(address)
 
         listen = self.url.removeprefix("http://") or "127.0.0.1:0"
-        self._serving = asyncio.create_task(serve_http(api.app(), listen, 1.0, self._stop, on_listening))
+        self._serving = asyncio.create_task(serve_http(self.app, listen, 1.0, self._stop, on_listening))
         self.url = f"http://{await listening}"
 
     async def stop(self) -> None:
         self._stop.set()
         await asyncio.gather(self._serving, self._reconciling)
+        await self.database.close()
+
+    async def kill(self) -> None:
+        """Ends it as SIGKILL would: nothing is drained, nothing is finished."""
+        tasks = {self._serving, self._reconciling}
+        driving = {task for task in asyncio.all_tasks() if task.get_name().startswith("job-")}
+        for task in tasks | driving:
+            task.cancel()
+        await asyncio.wait(tasks | driving)
         await self.database.close()
 
     def _check(self, document: object) -> JobSpec:
@@ -154,7 +191,8 @@ class GatewayBench:
 
     def http(self, key: str | None = KEY) -> httpx.AsyncClient:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=DEADLINE_S, trust_env=False)
+        # Without TLS there is nothing to verify, and reading certificates takes longer than a request.
+        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=DEADLINE_S, trust_env=False, verify=False)
 
     async def submit(self) -> str:
         async with ApiClient(self.url, KEY) as client:

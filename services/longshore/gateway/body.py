@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TypeVar
 
+import pydantic
+from fastapi.exceptions import RequestValidationError
 from starlette.requests import Request
 
-from longshore.documents import MAX_BYTES, parse_json, parse_yaml
+from longshore.documents import MAX_BYTES, parse_json, parse_yaml, unplain
 from longshore.gateway.problems import Problem
 
 _READ_TIMEOUT_S = 30.0
 _JSON = "application/json"
+M = TypeVar("M", bound=pydantic.BaseModel)
 _YAML = ("application/yaml", "application/x-yaml", "text/yaml")
 
 
@@ -26,6 +30,27 @@ async def read_document(request: Request) -> object:
         return await asyncio.to_thread(parse, text)
     except ValueError as error:
         raise Problem(400, f"the body is not a document in {name}: {error}") from None
+
+
+async def read_model(request: Request, model: type[M]) -> M:
+    """A body as a model; no body is an empty document. Raises Problem as `read_document`, RequestValidationError."""
+    if request.headers.get("content-length") == "0" or not (
+        "content-length" in request.headers or "transfer-encoding" in request.headers
+    ):
+        document: object = {}
+    else:
+        document = await read_document(request)
+    if unplain(document):
+        wrong = [
+            {"loc": ("body", *fault.path.split(".")), "input": fault.value, "msg": fault.message}
+            for fault in unplain(document)
+        ]
+        raise RequestValidationError(wrong)
+    try:
+        return model.model_validate(document)
+    except pydantic.ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False)
+        raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from None
 
 
 async def _read(request: Request) -> str:

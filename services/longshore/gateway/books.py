@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import google.protobuf.message
 import structlog
 from redis.asyncio import Redis
 
+from longshore.api_types import Json, LearnerIssued, LedgerView, LetterView, WholeLetter
 from longshore.errors import Conflict, NotFound
 from longshore.gateway.store import Job
 from longshore.gateway.streams import iso_time
@@ -28,8 +30,6 @@ from longshore.types import JobRef, Verdict
 
 log = structlog.get_logger()
 
-Json = dict[str, Any]
-
 _PAGE = 200
 _LEDGER, _LETTERS = "ledger.json", "dead_letters.json"
 
@@ -41,12 +41,12 @@ class Books:
         self._redis = redis
         self._runs_dir = runs_dir
 
-    async def ledger(self, job: Job) -> Json:
+    async def ledger(self, job: Job) -> LedgerView:
         """Tickets issued, by state and by site, and what the learner's own books said at its last train step."""
-        kept = await self._kept(job, _LEDGER)
+        kept: LedgerView | None = await self._kept(job, _LEDGER)
         return kept if kept is not None else await self._ledger(job)
 
-    async def letters(self, job: Job, after: str, limit: int) -> list[Json]:
+    async def letters(self, job: Job, after: str, limit: int) -> list[LetterView]:
         """Up to `limit` dead letters after the letter `after`, oldest first, without their payloads."""
         kept = await self._kept(job, _LETTERS)
         if kept is not None:
@@ -57,15 +57,16 @@ class Books:
             return list(kept["letters"][start : start + limit])
         return [_view(letter) for letter in await self._letters(job).list(after, limit)]
 
-    async def letter(self, job: Job, letter_id: str) -> Json:
+    async def letter(self, job: Job, letter_id: str) -> WholeLetter:
         """One dead letter whole. Raises NotFound."""
         kept = await self._kept(job, _LETTERS)
         if kept is None:
             letter = await self._letters(job).get(letter_id)
             return {**_view(letter), "payload": base64.b64encode(letter.payload).decode()}
-        for letter in kept["letters"]:
-            if letter["id"] == letter_id:
-                return {**letter, "payload": ""}
+        found: LetterView
+        for found in kept["letters"]:
+            if found["id"] == letter_id:
+                return {**found, "payload": ""}
         raise NotFound(f"there is no dead letter {letter_id}")
 
     async def requeue(self, job: Job, letter_id: str) -> None:
@@ -89,19 +90,22 @@ class Books:
         await broker.forget_job(self._redis, _ref(job))
 
     async def _keep(self, job: Job) -> None:
-        letters: list[Json] = []
+        letters: list[LetterView] = []
         while page := await self._letters(job).list(letters[-1]["id"] if letters else "", _PAGE):
             letters += map(_view, page)
         ledger = await self._ledger(job)
         await asyncio.to_thread(_write, self._folder(job) / _LETTERS, {"letters": letters})
         await asyncio.to_thread(_write, self._folder(job) / _LEDGER, ledger)
 
-    async def _ledger(self, job: Job) -> Json:
+    async def _ledger(self, job: Job) -> LedgerView:
         counts = await Ledger(self._redis, _ref(job)).counts()
         issued = job.progress.get("tickets/issued")
-        learner = None
+        learner: LearnerIssued | None = None
         if isinstance(issued, (int, float)):
-            learner = {"issued": int(issued), "at_step": job.progress.get("step")}
+            learner = {
+                "issued": int(issued),
+                "at_step": step if isinstance(step := job.progress.get("step"), int) else None,
+            }
         return {
             "issued": counts.issued,
             "states": counts.states,
@@ -117,15 +121,15 @@ class Books:
     def _folder(self, job: Job) -> Path:
         return self._runs_dir / job.id
 
-    async def _kept(self, job: Job, name: str) -> Json | None:
+    async def _kept(self, job: Job, name: str) -> Any:
+        """What `_keep` wrote; None when there is nothing."""
         if not job.state.ended:
             return None
         try:
             text = await asyncio.to_thread((self._folder(job) / name).read_text, "utf-8")
         except FileNotFoundError:
             return None
-        kept: Json = json.loads(text)
-        return kept
+        return json.loads(text)
 
 
 def _ref(job: Job) -> JobRef:
@@ -137,7 +141,7 @@ def _require_going(job: Job) -> None:
         raise Conflict(f"job {job.id} is {job.state.value}")
 
 
-def _view(letter: DeadLetter) -> Json:
+def _view(letter: DeadLetter) -> LetterView:
     return {
         "id": letter.letter_id,
         "at": iso_time(letter.at),
@@ -163,7 +167,7 @@ def _task(data: bytes) -> Json | None:
     return {"id": task.task_id, "messages": [{"role": m.role, "content": m.content} for m in task.messages]}
 
 
-def _write(path: Path, value: Json) -> None:
+def _write(path: Path, value: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -20,5 +20,9 @@ class GatewaySettings(ProcessSettings, BrokerSettings):
     supervisor: str = Field(
         description="what runs jobs: a supervisor's address, or workers:FOLDER with the sockets of waiting workers"
     )
-    api_key_file: Path = Field(description="file with the key that callers must send")
+    api_key_file: Path = Field(description="file with the root key: role admin, of every project")
     jobs_since: float = Field(0.0, ge=0, description="Unix seconds; jobs created earlier are left alone")
+    max_jobs: int | None = Field(None, ge=1, description="jobs that run at a time; absent: no limit")
+    max_generators: int | None = Field(None, ge=1, description="generators of all running jobs; absent: no limit")
+    max_gpus: int | None = Field(None, ge=0, description="GPUs of all running jobs; absent: no limit")
+    data_dir: Path | None = Field(None, description="files below it may be read by jobs of every project")

@@ -1,4 +1,4 @@
-"""Takes one job from queued to its end: prepares it, has it started, stores its events, watches its processes.
+"""Takes one job from its place to its end or a pause: has it started, stores its events, watches its processes.
 
     consumes   the job's row, its broker events, its unit's state     waits for     broker events (300 ms at most)
     produces   the launcher's unit, state moves and events in SQL     unblocked by  learner, launcher, `cancel`
@@ -66,8 +66,8 @@ class JobDriver:
         self._tell_first = job.state is JobState.QUEUED
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Returns when the job has ended and nothing of it is left running, or soon after `stop` is set."""
-        while not self._job.state.ended:
+        """Returns when the job has ended or is paused and nothing of it runs, or soon after `stop` is set."""
+        while self._job.state.active:
             if stop.is_set():
                 return
             try:
@@ -77,7 +77,8 @@ class JobDriver:
                 with contextlib.suppress(Unavailable):
                     await self._check_start_deadline(error)
                 await asyncio.sleep(RETRY_S)
-        await self._clean_up()
+        if self._job.state.ended:
+            await self._clean_up()
 
     async def _turn_or_fail(self) -> None:
         """Raises Unavailable alone: nothing can be said of the job meanwhile, not even that it failed."""
@@ -94,6 +95,9 @@ class JobDriver:
 
     async def _turn(self) -> None:
         self._job = await self._store.get(self._job.id)
+        if self._job.state is JobState.PAUSING:
+            await self._pause()
+            return
         if self._job.state is JobState.CANCELLING:
             await self._command_cancel()
         elif not self._applied:
@@ -110,11 +114,27 @@ class JobDriver:
         if self._job.state is JobState.QUEUED:
             await self._move(JobState.STARTING)
 
+    async def _pause(self) -> None:
+        """Has the processes stopped: SIGTERM makes the learner write a checkpoint. What it said last is stored."""
+        unit = self._parts.units.get(self._job.id)
+        if unit is not None and unit.state is not UnitState.RUNNING:
+            # It ended by itself before it could be paused.
+            await self._advance(unit)
+            return
+        await self._parts.launcher.remove(self._job.id, "paused")
+        self._applied = False
+        while await self._store_events(0):
+            pass
+        # One that ended in order while it was being stopped has said so.
+        ended = self._job.progress.get("outcome") == JobState.SUCCEEDED.value
+        await self._move(JobState.SUCCEEDED if ended else JobState.PAUSED)
+
     async def _check_start_deadline(self, error: Unavailable) -> None:
         if isinstance(error, Busy):
             # Its turn comes when another job ends, however long that takes.
             self._started = time.monotonic()
-        if not self._applied and time.monotonic() - self._started > START_TIMEOUT_S:
+        starting = self._job.state in (JobState.QUEUED, JobState.STARTING)
+        if starting and not self._applied and time.monotonic() - self._started > START_TIMEOUT_S:
             await self._fail(f"could not be started within {START_TIMEOUT_S:.0f} s: {error}")
 
     async def _store_events(self, block_ms: int) -> int:

@@ -1,15 +1,23 @@
-"""What can be asked of jobs: submit, look, cancel. The REST routes translate to this, and the tests call it."""
+"""What can be asked of jobs: submit, pause, resume, cancel. The REST routes translate to this."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import os
+import re
 import secrets
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
-from longshore.config import JobSpec
-from longshore.errors import Conflict, Unavailable
+from longshore.config import NAME_PATTERN, JobSpec
+from longshore.errors import Conflict, Fault, Forbidden, InvalidJobSpec, NotFound, Unavailable
+from longshore.gateway.places import NO_LIMITS, Limits, Use, needs_of
+from longshore.gateway.principal import Principal
+from longshore.gateway.projects import Projects
 from longshore.gateway.states import JobState
 from longshore.gateway.store import Job, JobStore, NewJob
 
@@ -18,63 +26,114 @@ log = structlog.get_logger()
 CHECK_TIMEOUT_S = 60.0
 # Checks run plug-ins and read data sets; more at once would only make each slower.
 _MAX_CHECKS = 2
+# Of one project: beyond that it is told to wait.
+MAX_UNFINISHED = 1000
+DEFAULT_PROJECT = JobSpec.model_fields["project"].default
 
 # Parses and checks a document; raises InvalidJobSpec with every fault.
 Check = Callable[[object], JobSpec]
-# Makes a job's next signing key and hands over to it; returns the key's id.
-Rotate = Callable[[Job], Awaitable[str]]
+
+
+@dataclass(frozen=True)
+class Places:
+    """What there is for all jobs together. `data_dir`: files that jobs of every project may read."""
+
+    room: Limits = NO_LIMITS
+    data_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Who sends a job, and how. `given_up`: whether whoever asked has gone meanwhile: a check may take seconds, and
+    nobody would know the id of a job that is queued then, nor expect it."""
+
+    caller: Principal
+    given_up: Callable[[], Awaitable[bool]]
+    idempotency_key: str | None = None
+    # (job, policy version) that it is forked from.
+    parent: tuple[str, int] | None = None
+    # What is sent, where it is not the job's own document.
+    request: object = None
+    # The id that the job is to have; absent: any.
+    job_id: str | None = None
 
 
 class Jobs:
     """Job control over the store. Starting and stopping is the reconciler's, which reads the same store."""
 
-    def __init__(self, store: JobStore, check: Check, rotate: Rotate) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        projects: Projects,
+        check: Check,
+        runs_dir: Path,
+        places: Places = Places(),
+    ) -> None:
         self.store = store
+        self._projects = projects
         self._check = check
-        self._rotate = rotate
+        self._runs_dir = runs_dir
+        self._places = places
         self._checks = asyncio.Semaphore(_MAX_CHECKS)
 
-    async def submit(self, document: object, given_up: Callable[[], Awaitable[bool]]) -> Job:
-        """Validates a parsed JobSpec and queues the job.
-
-        Args:
-            given_up: whether whoever asked has gone meanwhile: a check may take seconds, and nobody would know the id
-                of a job that is queued then, nor expect it.
+    async def submit(self, document: object, sent: Submission) -> Job:
+        """Validates a parsed JobSpec and queues the job; of one idempotency key in its project there is one job.
 
         Raises:
             InvalidJobSpec: with every fault that was found; nothing is stored.
+            Forbidden: it is for another project than the caller's.
+            Conflict: the key was used for something else, or too many jobs of the project wait.
             Unavailable: the check did not end in time, or nobody waits for its answer any more.
         """
+        digest = hashlib.sha256(repr(document if sent.request is None else sent.request).encode("utf-8", "replace"))
+        document = _in_project(document, sent.caller)
+        project = _project_of(document)
+        # Before anything is looked up: another project's keys are not this caller's to try.
+        if project is not None and not sent.caller.sees(project):
+            raise Forbidden(f"{sent.caller.id} may not submit to project {project}")
+        earlier = await self._earlier(project, sent.idempotency_key, digest.hexdigest())
+        if earlier is not None:
+            return earlier
+        await self._check_paths(document, sent)
         spec = await self._checked(document)
-        if await given_up():
+        needs = needs_of(spec)
+        await self._check_quotas(spec.project, needs)
+        if await sent.given_up():
             raise Unavailable("whoever submitted this has gone; nothing is stored")
-        job = await self._create(spec)
-        log.info("job queued", job=job.id, project=job.project)
+        job = await self._create(spec, needs, sent, digest.hexdigest())
+        log.info("job queued", job=job.id, project=job.project, principal=sent.caller.id)
         return job
 
-    async def rotate_key(self, job_id: str) -> str:
-        """Has the job's versions signed by a new key from now on; its id.
-
-        Raises:
-            NotFound: there is no such job.
-            Conflict: it was never started.
-            Unavailable: the weight store does not answer.
-        """
-        key_id = await self._rotate(await self.store.get(job_id))
-        log.info("key rotated", job=job_id, key_id=key_id)
-        return key_id
-
-    async def cancel(self, job_id: str) -> Job:
+    async def cancel(self, job: Job) -> Job:
         """Asks for a job's end. A job that is being cancelled, or was, is answered as it is.
 
         Raises:
-            NotFound: there is no such job.
             Conflict: it has succeeded or failed.
         """
-        job = await self.store.get(job_id)
-        if job.state in (JobState.CANCELLING, JobState.CANCELLED):
+        return await self._move(job, JobState.CANCELLING, JobState.CANCELLED, "cancelled on request")
+
+    async def pause(self, job: Job) -> Job:
+        """Has a job's processes stopped, after a checkpoint. A job that is paused is answered as it is.
+
+        Raises:
+            Conflict: it has ended, or is being cancelled.
+        """
+        return await self._move(job, JobState.PAUSING, JobState.PAUSED, "paused on request")
+
+    async def resume(self, job: Job) -> Job:
+        """Has a paused job wait for a place again; it goes on from its newest checkpoint.
+
+        Raises:
+            Conflict: it is not paused.
+        """
+        if job.state in (JobState.QUEUED, JobState.STARTING, JobState.RUNNING):
             return job
-        return await self.store.move(job_id, JobState.CANCELLING, "cancelled on request")
+        return await self.store.move(job.id, JobState.QUEUED, "resumed on request")
+
+    async def _move(self, job: Job, through: JobState, to: JobState, why: str) -> Job:
+        if job.state in (through, to):
+            return job
+        return await self.store.move(job.id, through, why)
 
     async def _checked(self, document: object) -> JobSpec:
         async with self._checks:
@@ -83,11 +142,118 @@ class Jobs:
             except TimeoutError:
                 raise Unavailable(f"the job could not be checked within {CHECK_TIMEOUT_S:.0f} s") from None
 
-    async def _create(self, spec: JobSpec) -> Job:
-        document = spec.model_dump(mode="json")
+    async def _check_paths(self, document: object, sent: Submission) -> None:
+        """Raises InvalidJobSpec: a caller of one project names files that are not that project's to read."""
+        if sent.caller.project is None:
+            return
+        faults = []
+        for name, path in named_paths(document):
+            # Links are followed: what counts is what would be read.
+            if not await self._may_read(await asyncio.to_thread(_real, path), sent):
+                faults.append(Fault(name, path, _FOREIGN))
+        if faults:
+            raise InvalidJobSpec(faults)
+
+    async def _may_read(self, real: Path, sent: Submission) -> bool:
+        data_dir = self._places.data_dir
+        if data_dir is not None and real.is_relative_to(await asyncio.to_thread(_real, data_dir)):
+            return True
+        runs = await asyncio.to_thread(_real, self._runs_dir)
+        if not real.is_relative_to(runs) or real == runs:
+            return False
+        job_id = real.relative_to(runs).parts[0]
+        if job_id == sent.job_id:
+            return True
+        try:
+            await self.store.get(job_id, sent.caller.project)
+        except NotFound:
+            return False
+        return True
+
+    async def _check_quotas(self, project: str, needs: Use) -> None:
+        """Raises InvalidJobSpec: the job could never start. Conflict: too many wait."""
+        quota = (await self._projects.quotas()).get(project, Limits())
+        for whose, limits in ((f"project {project}", quota), ("this gateway", self._places.room)):
+            breach = limits.breach(needs)
+            if breach:
+                shown = f"{needs.generators} generators, {needs.gpus} GPUs"
+                raise InvalidJobSpec([Fault("resources", shown, f"needs {breach} to {whose}: it could never start")])
+        if await self.store.count_unfinished(project) >= MAX_UNFINISHED:
+            raise Conflict(f"project {project} has {MAX_UNFINISHED} unfinished jobs; wait for some to end")
+
+    async def _earlier(self, project: str | None, key: str | None, digest: str) -> Job | None:
+        if project is None or key is None:
+            return None
+        found = await self.store.submitted(project, key)
+        if found is None:
+            return None
+        job, sent = found
+        if sent != digest:
+            raise Conflict(f"the Idempotency-Key {key!r} was used for another request, which made job {job.id}")
+        return job
+
+    async def _create(self, spec: JobSpec, needs: Use, sent: Submission, digest: str) -> Job:
+        key = sent.idempotency_key
         while True:
-            job_id = f"{spec.name}-{secrets.token_hex(3)}"
+            new = NewJob(
+                sent.job_id or new_id(spec.name),
+                spec.project,
+                spec.name,
+                spec.model_dump(mode="json"),
+                generators=needs.generators,
+                gpus=needs.gpus,
+                parent_job=sent.parent[0] if sent.parent else None,
+                parent_version=sent.parent[1] if sent.parent else None,
+                idempotency_key=key,
+                request_sha256=digest if key is not None else None,
+            )
             try:
-                return await self.store.create(NewJob(job_id, spec.project, spec.name, document))
+                return await self.store.create(new)
             except Conflict:
-                log.warning("job id taken", job=job_id)
+                # Another of the same key was quicker; or the id, of which there are 16 million a name, is taken.
+                earlier = await self._earlier(spec.project, key, digest)
+                if earlier is not None:
+                    return earlier
+                if sent.job_id is not None:
+                    raise
+                log.warning("job id taken", job=new.id)
+
+
+def new_id(name: str) -> str:
+    """An id for a job of this name."""
+    return f"{name}-{secrets.token_hex(3)}"
+
+
+def named_paths(document: object) -> list[tuple[str, str]]:
+    """(setting, path) of the files on this machine that a job's document names."""
+    found = []
+    for part in ("model", "tasks"):
+        section = document.get(part) if isinstance(document, dict) else None
+        path = section.get("path") if isinstance(section, dict) else None
+        # A path that is none is the check's to refuse.
+        if isinstance(path, str) and "\0" not in path:
+            found.append((f"{part}.path", path))
+    return found
+
+
+def _real(path: str | Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+_FOREIGN = (
+    "is not below the gateway's LONGSHORE_DATA_DIR, nor in a folder of a job of your project: put the files there, or "
+    "have someone with a key of every project submit the job"
+)
+
+
+def _in_project(document: object, caller: Principal) -> object:
+    """A caller of one project need not name it."""
+    if isinstance(document, dict) and caller.project is not None and "project" not in document:
+        return {**document, "project": caller.project}
+    return document
+
+
+def _project_of(document: object) -> str | None:
+    """The project that a document is for; None when it cannot be one of any."""
+    project = document.get("project", DEFAULT_PROJECT) if isinstance(document, dict) else None
+    return project if isinstance(project, str) and re.fullmatch(NAME_PATTERN, project) else None

@@ -21,10 +21,13 @@ _MAX_VALUE_CHARACTERS = 1000
 _MAX_FAULTS = 200
 _STATUSES: list[tuple[type[errors.LongshoreError], int]] = [
     (errors.InvalidJobSpec, 422),
+    (errors.Forbidden, 403),
     (errors.NotFound, 404),
     (errors.Conflict, 409),
     (errors.Rejected, 400),
     (errors.Unavailable, 503),
+    # What a store or a broker sent is damaged: nothing that the caller can mend.
+    (errors.IntegrityError, 503),
 ]
 
 
@@ -39,9 +42,12 @@ class Problem(HTTPException):
     """An error with a status of HTTP's own: 401, 413, 415."""
 
 
-def problem(status: int, detail: str, headers: dict[str, str] | None = None, **more: object) -> JSONResponse:
+def problem(
+    status: int, detail: str, request_id: str, headers: dict[str, str] | None = None, **more: object
+) -> JSONResponse:
     """A problem document; `more` are further members."""
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
+    title = HTTPStatus(status).phrase
+    body = {"type": "about:blank", "title": title, "status": status, "detail": detail, "request_id": request_id, **more}
     return _AsciiResponse(body, status, headers, MEDIA_TYPE)
 
 
@@ -51,7 +57,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> JSONResponse:
         headers = dict(error.headers) if error.headers else None
-        return problem(error.status_code, str(error.detail), headers)
+        return problem(error.status_code, str(error.detail), _id(request), headers)
 
     # FastAPI's own validation of path and query parameters.
     @app.exception_handler(RequestValidationError)
@@ -60,7 +66,7 @@ def install(app: FastAPI) -> None:
             errors.Fault(".".join(str(part) for part in entry["loc"]), entry["input"], entry["msg"])
             for entry in error.errors()
         ]
-        return problem(422, "the request's parameters are wrong", faults=_plain_faults(faults))
+        return problem(422, "the request's parameters are wrong", _id(request), faults=_plain_faults(faults))
 
     @app.exception_handler(errors.LongshoreError)
     async def on_longshore(request: Request, error: errors.LongshoreError) -> JSONResponse:
@@ -69,14 +75,18 @@ def install(app: FastAPI) -> None:
             number = len(error.faults)
             listed = f"; the first {_MAX_FAULTS} are listed" if number > _MAX_FAULTS else ""
             detail = f"the job has {number} fault{'s' * (number != 1)}{listed}"
-            return problem(status, detail, faults=_plain_faults(error.faults))
-        return problem(status, str(error))
+            return problem(status, detail, _id(request), faults=_plain_faults(error.faults))
+        return problem(status, str(error), _id(request))
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> JSONResponse:
         # A bug's text may hold anything: it goes to our log, not to the caller.
         log.error("request failed", path=request.url.path, exc_info=error)
-        return problem(500, "internal error; see the gateway's log")
+        return problem(500, "internal error; see the gateway's log", _id(request))
+
+
+def _id(request: Request) -> str:
+    return str(request.state.request_id)
 
 
 def _plain_faults(faults: list[errors.Fault]) -> list[dict[str, object]]:

@@ -1,16 +1,19 @@
-"""The gateway's one loop: each job that has not ended has a driver, and no unit runs without a job."""
+"""The gateway's one loop: each job that has a place has a driver, and no unit runs without a job."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import structlog
 
 from longshore.errors import NotFound, Unavailable
 from longshore.gateway import metrics
 from longshore.gateway.driver import JobDriver, Parts
+from longshore.gateway.places import Limits, Use, Wish, place
+from longshore.gateway.projects import Projects
 from longshore.gateway.states import JobState
-from longshore.gateway.store import wait_for_any
+from longshore.gateway.store import Job, wait_for_any
 from longshore.launcher.plan import STACK_UNIT
 
 log = structlog.get_logger()
@@ -23,8 +26,11 @@ _CANCEL_ROUNDS = 5
 class Reconciler:
     """Runs drivers until told to stop. Jobs go on without it; the next one picks them up."""
 
-    def __init__(self, parts: Parts, jobs_since: float) -> None:
+    def __init__(self, parts: Parts, projects: Projects, room: Limits, jobs_since: float) -> None:
+        """`room`: what all jobs together may take."""
         self._parts = parts
+        self._projects = projects
+        self._room = room
         self._jobs_since = jobs_since
         self._drivers: dict[str, asyncio.Task[None]] = {}
         self._stopping = asyncio.Event()
@@ -50,29 +56,48 @@ class Reconciler:
         for job_id in [job_id for job_id, task in self._drivers.items() if task.done()]:
             # A driver that raised is a bug of ours: it ends this process, and the next one starts afresh.
             self._drivers.pop(job_id).result()
-        for job in await self._parts.store.unfinished():
-            ours = job.created_at >= self._jobs_since or job.state is JobState.CANCELLING
-            if ours and job.id not in self._drivers:
+        jobs = [
+            job
+            for job in await self._parts.store.unfinished()
+            if job.created_at >= self._jobs_since or job.state is JobState.CANCELLING
+        ]
+        placed = await self._placed(jobs)
+        for job in jobs:
+            if job.state.active and job.id in placed and job.id not in self._drivers:
                 driver = JobDriver(job, self._parts)
                 self._drivers[job.id] = asyncio.create_task(driver.run(self._stopping), name=f"job-{job.id}")
         metrics.JOBS_DRIVEN.set(len(self._drivers))
         await self._remove_strays()
 
+    async def _placed(self, jobs: Sequence[Job]) -> set[str]:
+        """The jobs that have a place, those that get one now included."""
+        # One that was cancelled while it waited takes none: there is nothing of it to run.
+        old = {job.id for job in jobs if job.id in self._drivers or job.state not in (JobState.QUEUED, JobState.PAUSED)}
+        holding = [_wish(job) for job in jobs if job.id in old]
+        waiting = [_wish(job) for job in jobs if job.id not in old and job.state is JobState.QUEUED]
+        new = place(waiting, holding, await self._projects.quotas(), self._room) if waiting else []
+        metrics.JOBS_WAITING.set(len(waiting) - len(new))
+        return old.union(new)
+
     async def _remove_strays(self) -> None:
-        """Removes units whose job has ended while no gateway was there to see it."""
+        """Removes units whose job has ended or was paused while no gateway was there to see it."""
         for unit in list(self._parts.units.current):
-            if unit == STACK_UNIT or unit in self._drivers or not await self._has_ended(unit):
+            if unit == STACK_UNIT or unit in self._drivers or not await self._is_at_rest(unit):
                 continue
             try:
-                await self._parts.launcher.remove(unit, "its job has ended")
+                await self._parts.launcher.remove(unit, "its job has ended, or is paused")
             except Unavailable as error:
                 log.warning("stray unit", unit=unit, reason=str(error))
 
-    async def _has_ended(self, unit: str) -> bool:
+    async def _is_at_rest(self, unit: str) -> bool:
         try:
-            return (await self._parts.store.get(unit)).state.ended
+            return not (await self._parts.store.get(unit)).state.active
         except NotFound:
             return True
+
+
+def _wish(job: Job) -> Wish:
+    return Wish(job.id, job.project, job.queued_at, Use(1, job.generators, job.gpus))
 
 
 async def _end(tasks: list[asyncio.Task[None]]) -> None:

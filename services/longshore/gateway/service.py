@@ -9,21 +9,29 @@ from collections.abc import Sequence
 from redis.asyncio import Redis
 
 from longshore.errors import ConfigError
-from longshore.gateway.app import Api
+from longshore.gateway.api_keys import ApiKeys
+from longshore.gateway.app import Services, make_app
+from longshore.gateway.audit import AuditLog
+from longshore.gateway.auth import Authenticator
 from longshore.gateway.books import Books
 from longshore.gateway.config import GatewaySettings
 from longshore.gateway.database import Database
 from longshore.gateway.driver import Parts
-from longshore.gateway.jobs import Jobs, Rotate
+from longshore.gateway.jobs import Jobs, Places
 from longshore.gateway.keys import rotate_key
+from longshore.gateway.places import Limits
 from longshore.gateway.prepare import job_paths, prepare
+from longshore.gateway.projects import Projects
 from longshore.gateway.reconcile import Reconciler
+from longshore.gateway.rollout_views import Rollouts
 from longshore.gateway.store import Job, JobStore
 from longshore.gateway.units import Units
+from longshore.gateway.version_routes import Rotate
+from longshore.gateway.versions import Versions
 from longshore.launcher.broker_server import site_brokers
 from longshore.launcher.connect import connect_launcher
 from longshore.launcher.interpreter import generator_python
-from longshore.launcher.plan import Endpoints, plan_job
+from longshore.launcher.plan import Endpoints, JobPaths, plan_job
 from longshore.launcher.spec import ProcessSpec
 from longshore.rollout_queue import broker
 from longshore.rollout_queue.channel import JobChannel
@@ -37,17 +45,33 @@ from longshore.weights.client import WeightsClient
 
 async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
     """Serves the API and drives jobs until `stop` is set; jobs go on without it."""
-    api_key = await asyncio.to_thread(_read_key, settings)
+    root_key = await asyncio.to_thread(_read_key, settings)
     async with contextlib.AsyncExitStack() as resources:
         database = Database(settings.database_url)
         resources.push_async_callback(database.close)
         await database.open()
-        store = JobStore(database)
+        store, projects = JobStore(database), Projects(database)
         client = broker.connect(settings.broker_url)
         resources.push_async_callback(client.aclose)
         books = Books(client, settings.runs_dir)
-        reconciler = Reconciler(_parts(settings, store, client, books, resources), settings.jobs_since)
-        api = Api(Jobs(store, check_document, _rotation(settings)), books, settings.runs_dir, api_key, stop)
+        parts = _parts(settings, store, client, books, resources)
+        room = Limits(settings.max_jobs, settings.max_generators, settings.max_gpus)
+        reconciler = Reconciler(parts, projects, room, settings.jobs_since)
+        keys = ApiKeys(database)
+        services = Services(
+            jobs=Jobs(store, projects, check_document, settings.runs_dir, Places(room, settings.data_dir)),
+            books=books,
+            rollouts=Rollouts(client, settings.runs_dir),
+            versions=Versions(settings.weights, lambda job_id: _paths(settings, job_id)),
+            units=parts.units,
+            keys=keys,
+            projects=projects,
+            audit=AuditLog(database),
+            authenticate=Authenticator(keys, root_key),
+            rotate=_rotation(settings),
+            runs_dir=settings.runs_dir,
+        )
+        app = make_app(services, stop)
         rpc = RpcServer(settings.listen)
 
         async def on_listening(address: str) -> None:
@@ -55,12 +79,16 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
             await rpc.start()
 
         async with asyncio.TaskGroup() as group:
-            http = group.create_task(serve_http(api.app(), settings.http_listen, settings.drain_s, stop, on_listening))
+            http = group.create_task(serve_http(app, settings.http_listen, settings.drain_s, stop, on_listening))
             looking = group.create_task(reconciler.run(stop))
             # Neither ends before `stop`: if one does, so does the process, and the launcher starts it again.
             await asyncio.wait({http, looking}, return_when=asyncio.FIRST_COMPLETED)
             stop.set()
         await rpc.drain(settings.drain_s)
+
+
+def _paths(settings: GatewaySettings, job_id: str) -> JobPaths:
+    return job_paths(settings.runs_dir, settings.state_dir, job_id)
 
 
 def _read_key(settings: GatewaySettings) -> str:
@@ -75,7 +103,7 @@ def _read_key(settings: GatewaySettings) -> str:
 
 def _rotation(settings: GatewaySettings) -> Rotate:
     async def rotate(job: Job) -> str:
-        paths = job_paths(settings.runs_dir, settings.state_dir, job.id)
+        paths = _paths(settings, job.id)
         return await rotate_key(settings.weights, paths.signing_key_file, paths.job_file)
 
     return rotate
@@ -89,7 +117,7 @@ def _parts(
     endpoints = Endpoints(settings.broker_url, settings.weights)
 
     async def prepare_job(job: Job) -> Sequence[ProcessSpec]:
-        paths = job_paths(settings.runs_dir, settings.state_dir, job.id)
+        paths = _paths(settings, job.id)
         file = await asyncio.to_thread(prepare, job, paths)
         python = generator_python(file.spec)
         weights = WeightsClient(settings.weights, file.ref, bytes.fromhex(file.learner_public_key))

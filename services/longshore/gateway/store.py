@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, delete, insert, select, tuple_, update
+from sqlalchemy import Select, delete, func, insert, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -148,6 +148,13 @@ class JobStore:
         """Every job that has not ended, oldest first, without specs."""
         states = [state.value for state in JobState if not state.ended]
         return await self._listed(select(*_LISTED).where(_jobs.c.state.in_(states)).order_by(_jobs.c.created_at))
+
+    async def count_unfinished(self, project: str) -> int:
+        """A project's jobs that have not ended."""
+        states = [state.value for state in JobState if not state.ended]
+        query = select(func.count()).select_from(_jobs).where(_jobs.c.project == project, _jobs.c.state.in_(states))
+        async with self._database.connected() as connection:
+            return int((await connection.execute(query)).scalar_one())
 
     async def move(self, job_id: str, target: JobState, message: str = "") -> Job:
         """Moves a job to a state and says so in an event.

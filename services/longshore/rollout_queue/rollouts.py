@@ -184,6 +184,15 @@ class RolloutQueue:
             found.update(key for key, has_ended in zip(chunk, reply, strict=True) if has_ended)
         return found
 
+    # -- people ------------------------------------------------------------------------------------------------------
+
+    async def look(self, entry_id: str) -> Delivery | None:
+        """An entry as it stands, for who only wants to see it; None when it is not there any more."""
+        with broker.reaching():
+            found = await self._redis.xrange(self._keys.rollouts, min=entry_id, max=entry_id)
+        deliveries = await self._decode_all(broker.entries(found))
+        return deliveries[0] if deliveries else None
+
     # -- learner -----------------------------------------------------------------------------------------------------
 
     async def read(self, count: int, block_ms: int) -> list[Delivery]:

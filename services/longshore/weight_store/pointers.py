@@ -45,6 +45,11 @@ class Pointers:
         self.repair_head(job)
         return self._records.pointer(job, name)
 
+    def read_all(self, job: JobRef) -> list[weights_pb2.SignedPointer]:
+        """Every pointer of a job."""
+        self.repair_head(job)
+        return [signed for _, signed in self._records.pointers(job)]
+
     def move(self, signed: weights_pb2.SignedPointer) -> PointerState:
         """Moves a pointer, forth or back, and returns what it says; the very same pointer again changes nothing.
 
@@ -127,7 +132,7 @@ class Pointers:
         now = self._clock()
         return {
             VersionKey(POLICY, state.version)
-            for state in self._records.pointers(job)
+            for state, _ in self._records.pointers(job)
             if state.name in (HEAD, "serving") or state.expires_at > now
         }
 

@@ -70,12 +70,12 @@ class Records:
         signed = _parsed(weights_pb2.SignedPointer(), data)
         return pointer_state(signed), signed
 
-    def pointers(self, job: JobRef) -> Iterator[PointerState]:
+    def pointers(self, job: JobRef) -> Iterator[tuple[PointerState, weights_pb2.SignedPointer]]:
         prefix = layout.pointers_prefix(job)
         for item in self._objects.list(prefix):
             found = self.pointer(job, item.path.removeprefix(f"{prefix}/"))
             if found is not None:
-                yield found[0]
+                yield found
 
 
 def _parsed(message: M, data: bytes) -> M:

@@ -172,6 +172,13 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         return weights_pb2.SetPointerResponse()
 
     @rpc_method
+    async def ListPointers(  # noqa: N802 - the contract's name
+        self, request: weights_pb2.ListPointersRequest, context: Context
+    ) -> weights_pb2.ListPointersResponse:
+        pointers = await asyncio.to_thread(self._store.pointers, self._job(request.job))
+        return weights_pb2.ListPointersResponse(pointers=pointers)
+
+    @rpc_method
     async def ListVersions(  # noqa: N802 - the contract's name
         self, request: weights_pb2.ListVersionsRequest, context: Context
     ) -> weights_pb2.ListVersionsResponse:

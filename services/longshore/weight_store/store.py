@@ -239,6 +239,10 @@ class WeightStore:
         """Where a pointer stands; None while there is none."""
         return self._pointers.read(job, name)
 
+    def pointers(self, job: JobRef) -> list[weights_pb2.SignedPointer]:
+        """Every pointer of a job."""
+        return self._pointers.read_all(job)
+
     def set_pointer(self, signed: weights_pb2.SignedPointer) -> PointerState:
         """Moves a pointer, forth or back, and returns what it says; the very same pointer again changes nothing.
 

@@ -38,6 +38,7 @@ from longshore.weight_store.version import (
     checksum_of,
     pointer_state,
     policy_version,
+    sign_pointer,
 )
 from longshore.weights.calls import repeat, translated
 from longshore.weights.fetching import Fetching
@@ -51,6 +52,7 @@ __all__ = [
     "Copies",
     "KeyRing",
     "News",
+    "PointerState",
     "PolicyVersion",
     "Tensor",
     "VersionDraft",
@@ -206,11 +208,38 @@ class WeightsClient:
         archive = await self._fetching.download(digest, _MAX_ARCHIVE_BYTES, timeout)
         return await asyncio.to_thread(_unpack, digest, archive)
 
-    async def versions(self, limit: int = 100, timeout: float = 30.0) -> list[int]:
-        """Versions on hand, newest first; at most 1000."""
-        request = weights_pb2.ListVersionsRequest(job=self._job, weight_set=weights_pb2.WEIGHT_SET_POLICY, limit=limit)
+    async def pointers(self, timeout: float = 30.0) -> list[PointerState]:
+        """Every pointer of the job that has not expired, each verified."""
+        return [state for state in await self._all_pointers(timeout) if state.expires_at > time.time()]
+
+    async def point(
+        self, key: SigningKey, name: str, version: int, keep_s: float, timeout: float = 30.0
+    ) -> PointerState:
+        """Moves a pointer, forth or back, with a serial above its present one, for `keep_s` seconds.
+
+        Raises:
+            NotFound: the store does not have the version.
+            Conflict: the key is not the job's newest, or somebody else moved the pointer meanwhile.
+        """
+        last = max((state.serial for state in await self._all_pointers(timeout) if state.name == name), default=-1)
+        serial = max(time.time_ns() // 1_000_000, last + 1)
+        signed = sign_pointer(key, self.job, name, version, serial, time.time() + keep_s)
+        request = weights_pb2.SetPointerRequest(pointer=signed)
+        await repeat(lambda left: self._stub.SetPointer(request, timeout=left), timeout)
+        return pointer_state(signed)
+
+    async def versions(self, limit: int = 100, timeout: float = 30.0, before: int | None = None) -> list[int]:
+        """Versions on hand below `before`, newest first; at most 1000."""
+        request = weights_pb2.ListVersionsRequest(
+            job=self._job, weight_set=weights_pb2.WEIGHT_SET_POLICY, limit=limit, before=before
+        )
         response = await repeat(lambda left: self._stub.ListVersions(request, timeout=left), timeout)
         return list(response.versions)
+
+    async def _all_pointers(self, timeout: float) -> list[PointerState]:
+        request = weights_pb2.ListPointersRequest(job=self._job)
+        response = await repeat(lambda left: self._stub.ListPointers(request, timeout=left), timeout)
+        return [await self._manifests.pointer(item, pointer_state(item).name) for item in response.pointers]
 
     async def _send(self, parcel: Parcel, deadline: float) -> bool:
         """Publishes a parcel; True when its version was there already."""

@@ -921,6 +921,46 @@ class SetPointerResponse(_message.Message):
 Global___SetPointerResponse: _TypeAlias = SetPointerResponse  # noqa: Y015
 
 @_typing.final
+class ListPointersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> _job_pb2.JobRef: ...
+    def __init__(
+        self,
+        *,
+        job: _job_pb2.JobRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPointersRequest: _TypeAlias = ListPointersRequest  # noqa: Y015
+
+@_typing.final
+class ListPointersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POINTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pointers(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedPointer]: ...
+    def __init__(
+        self,
+        *,
+        pointers: _abc.Iterable[Global___SignedPointer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pointers", b"pointers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPointersResponse: _TypeAlias = ListPointersResponse  # noqa: Y015
+
+@_typing.final
 class ListVersionsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

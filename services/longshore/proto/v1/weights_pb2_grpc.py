@@ -77,6 +77,11 @@ class WeightsServiceStub:
                 request_serializer=longshore_dot_proto_dot_v1_dot_weights__pb2.SetPointerRequest.SerializeToString,
                 response_deserializer=longshore_dot_proto_dot_v1_dot_weights__pb2.SetPointerResponse.FromString,
                 _registered_method=True)
+        self.ListPointers = channel.unary_unary(
+                '/longshore.proto.v1.WeightsService/ListPointers',
+                request_serializer=longshore_dot_proto_dot_v1_dot_weights__pb2.ListPointersRequest.SerializeToString,
+                response_deserializer=longshore_dot_proto_dot_v1_dot_weights__pb2.ListPointersResponse.FromString,
+                _registered_method=True)
         self.ListVersions = channel.unary_unary(
                 '/longshore.proto.v1.WeightsService/ListVersions',
                 request_serializer=longshore_dot_proto_dot_v1_dot_weights__pb2.ListVersionsRequest.SerializeToString,
@@ -159,6 +164,13 @@ class WeightsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListPointers(self, request, context):
+        """Every pointer of a job, as it stands now; one that has expired may still be among them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListVersions(self, request, context):
         """Versions on hand, newest first.
         """
@@ -208,6 +220,11 @@ def add_WeightsServiceServicer_to_server(servicer, server):
                     servicer.SetPointer,
                     request_deserializer=longshore_dot_proto_dot_v1_dot_weights__pb2.SetPointerRequest.FromString,
                     response_serializer=longshore_dot_proto_dot_v1_dot_weights__pb2.SetPointerResponse.SerializeToString,
+            ),
+            'ListPointers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPointers,
+                    request_deserializer=longshore_dot_proto_dot_v1_dot_weights__pb2.ListPointersRequest.FromString,
+                    response_serializer=longshore_dot_proto_dot_v1_dot_weights__pb2.ListPointersResponse.SerializeToString,
             ),
             'ListVersions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListVersions,
@@ -434,6 +451,33 @@ class WeightsService:
             '/longshore.proto.v1.WeightsService/SetPointer',
             longshore_dot_proto_dot_v1_dot_weights__pb2.SetPointerRequest.SerializeToString,
             longshore_dot_proto_dot_v1_dot_weights__pb2.SetPointerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPointers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/longshore.proto.v1.WeightsService/ListPointers',
+            longshore_dot_proto_dot_v1_dot_weights__pb2.ListPointersRequest.SerializeToString,
+            longshore_dot_proto_dot_v1_dot_weights__pb2.ListPointersResponse.FromString,
             options,
             channel_credentials,
             insecure,

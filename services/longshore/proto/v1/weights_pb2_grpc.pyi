@@ -72,6 +72,8 @@ class WeightsServiceStub:
     """Moves a pointer (head, pins, channels, rollback). FAILED_PRECONDITION unless the serial grows; the very same pointer
     again answers OK. NOT_FOUND when the store does not have the version.
     """
+    ListPointers: _grpc.UnaryUnaryMultiCallable[_weights_pb2.ListPointersRequest, _weights_pb2.ListPointersResponse]
+    """Every pointer of a job, as it stands now; one that has expired may still be among them."""
     ListVersions: _grpc.UnaryUnaryMultiCallable[_weights_pb2.ListVersionsRequest, _weights_pb2.ListVersionsResponse]
     """Versions on hand, newest first."""
 
@@ -119,6 +121,8 @@ class WeightsServiceAsyncStub(WeightsServiceStub):
     """Moves a pointer (head, pins, channels, rollback). FAILED_PRECONDITION unless the serial grows; the very same pointer
     again answers OK. NOT_FOUND when the store does not have the version.
     """
+    ListPointers: _aio.UnaryUnaryMultiCallable[_weights_pb2.ListPointersRequest, _weights_pb2.ListPointersResponse]  # type: ignore[assignment]
+    """Every pointer of a job, as it stands now; one that has expired may still be among them."""
     ListVersions: _aio.UnaryUnaryMultiCallable[_weights_pb2.ListVersionsRequest, _weights_pb2.ListVersionsResponse]  # type: ignore[assignment]
     """Versions on hand, newest first."""
 
@@ -211,6 +215,14 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         """Moves a pointer (head, pins, channels, rollback). FAILED_PRECONDITION unless the serial grows; the very same pointer
         again answers OK. NOT_FOUND when the store does not have the version.
         """
+
+    @_abc_1.abstractmethod
+    def ListPointers(
+        self,
+        request: _weights_pb2.ListPointersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weights_pb2.ListPointersResponse, _abc.Awaitable[_weights_pb2.ListPointersResponse]]:
+        """Every pointer of a job, as it stands now; one that has expired may still be among them."""
 
     @_abc_1.abstractmethod
     def ListVersions(
