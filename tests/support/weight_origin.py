@@ -40,12 +40,12 @@ def tensors_of(version: int) -> list[Tensor]:
 
 
 async def publish_versions(address: str, job: JobFile, key: SigningKey, count: int, keep: int = 3) -> None:
-    """Publishes versions 0 to count - 1, as a learner does."""
-    client = WeightsClient(address, job.ref, key.public_key)
-    try:
-        await client.register_key(keep)
-        for version in range(count):
+    """Publishes versions 0 to count - 1, each in full: so none is kept for another's sake."""
+    for version in range(count):
+        client = WeightsClient(address, job.ref, key.public_key)
+        try:
+            await client.register_key(keep)
             draft = VersionDraft(version, version * 10, 1, version - 1 if version else None, (), 1_700_000_000.0)
             await client.publish(key, draft, tensors_of(version), ASSETS)
-    finally:
-        await client.close()
+        finally:
+            await client.close()

@@ -60,7 +60,8 @@ class Forks:
                 await asyncio.to_thread(_write, folder / _FOLDER, export)
             except OSError as error:
                 raise Unavailable(f"version {export.version.version} cannot be written: {error.strerror}") from None
-            job = await self._jobs.submit(spec, replace(sent, job_id=job_id))
+            lineage = (parent.id, export.version.version)
+            job = await self._jobs.submit(spec, replace(sent, job_id=job_id, parent=lineage))
         finally:
             if job is None or job.id != job_id:
                 # Refused, or asked for before: then that job has its own.
