@@ -17,8 +17,18 @@ WAIT_S = 20.0
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n"
 
 
+# What was received by requests whose answers nobody read.
+LEFT: list[str] = []
+
+
 async def at_once(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers without reading the body."""
+    """Answers without reading the body; to a DELETE with more than sockets hold, and says what became of it."""
+    if scope["method"] == "DELETE":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(64):
+            await send({"type": "http.response.body", "body": bytes(1024 * 1024), "more_body": True})
+        LEFT.append((await receive())["type"])
+        return
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
 
@@ -31,6 +41,8 @@ async def nothing(address: str) -> None:
 async def address(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[str, int]]:
     monkeypatch.setattr(http_server, "_HEAD_TIMEOUT_S", 0.2)
     monkeypatch.setattr(http_server, "_REST_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(http_server, "_READER_TIMEOUT_S", 0.2)
+    LEFT.clear()
     stop, listening = asyncio.Event(), asyncio.get_running_loop().create_future()
 
     async def on_listening(where: str) -> None:
@@ -96,6 +108,16 @@ async def test_an_answered_request_need_not_be_listened_to_for_ever(address: tup
     sending = asyncio.create_task(send_on())
     assert (await until_closed(reader)).endswith(b"ok")
     sending.cancel()
+    writer.close()
+
+
+async def test_who_does_not_read_is_left(address: tuple[str, int]) -> None:
+    _, writer = await asyncio.open_connection(*address, limit=1024)
+    writer.write(b"DELETE / HTTP/1.1\r\nHost: x\r\n\r\n")
+    async with asyncio.timeout(WAIT_S):
+        while not LEFT:  # noqa: ASYNC110 - the other side's timer
+            await asyncio.sleep(0.02)
+    assert LEFT == ["http.disconnect"]
     writer.close()
 
 

@@ -26,15 +26,19 @@ _BIND_TIMEOUT_S = 30.0
 # For a request's head to come in whole, and for what is left of a body once the request has been answered.
 _HEAD_TIMEOUT_S = 15.0
 _REST_TIMEOUT_S = 30.0
+# For a caller to read what the socket has no room for.
+_READER_TIMEOUT_S = 60.0
 
 
 class _Protocol(H11Protocol):
-    """Ends connections that send a request's head, or a body that nobody waits for any more, too slowly.
+    """Ends connections that send a request's head, or a body that nobody waits for any more, too slowly, and those
+    whose other side does not read.
 
     uvicorn itself only ends those that are silent between two requests.
     """
 
     _timer: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -58,8 +62,17 @@ class _Protocol(H11Protocol):
             # The beginning of the next request has come behind this one.
             self._end_after(_HEAD_TIMEOUT_S)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(_READER_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_unread()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_unread()
         super().connection_lost(exc)
 
     def _end_after(self, seconds: float) -> None:
@@ -70,6 +83,11 @@ class _Protocol(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _stop_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
 
 class _Server(uvicorn.Server):

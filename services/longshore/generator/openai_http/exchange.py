@@ -76,7 +76,7 @@ class Exchange:
 
     async def answer(self, status: int, document: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         """Sends the whole answer."""
-        body = _json(document)
+        body = _json(document) + b"\n"
         more = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
         await self._start(status, more)
         self.is_answered = True
