@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
+import ipaddress
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from starlette.types import Receive, Scope, Send
 
 from longshore.errors import ConfigError
@@ -119,6 +127,40 @@ async def test_who_does_not_read_is_left(address: tuple[str, int]) -> None:
             await asyncio.sleep(0.02)
     assert LEFT == ["http.disconnect"]
     writer.close()
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 and its key, as PEM files."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    host = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now).not_valid_after(now + datetime.timedelta(hours=1))
+    certificate = builder.add_extension(host, critical=False).sign(key, hashes.SHA256())
+    pem = serialization.Encoding.PEM
+    (folder / "crt.pem").write_bytes(certificate.public_bytes(pem))
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "key.pem").write_bytes(private)
+    return folder / "crt.pem", folder / "key.pem"
+
+
+async def test_a_certificate_is_served(tmp_path: Path) -> None:
+    certificate = self_signed(tmp_path)
+    stop, listening = asyncio.Event(), asyncio.get_running_loop().create_future()
+
+    async def on_listening(where: str) -> None:
+        listening.set_result(where)
+
+    serving = asyncio.create_task(serve_http(at_once, "127.0.0.1:0", 1.0, stop, on_listening, certificate=certificate))
+    address = await listening
+    trusted = ssl.create_default_context(cafile=str(certificate[0]))
+    async with httpx.AsyncClient(verify=trusted, trust_env=False, timeout=WAIT_S) as client:
+        assert (await client.get(f"https://{address}/")).text == "ok"
+        with pytest.raises(httpx.TransportError):
+            await client.get(f"http://{address}/")
+    stop.set()
+    await serving
 
 
 async def test_a_certificate_that_is_not_there_is_refused() -> None:

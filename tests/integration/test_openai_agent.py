@@ -159,3 +159,11 @@ async def test_a_conversation_that_the_template_refuses_is_the_callers_fault(tmp
     async with ScriptedServer(tmp_path, template, script) as server, client_of(server) as client:
         with pytest.raises(openai.BadRequestError, match="roles must alternate"):
             await client.chat.completions.create(model="scripted", messages=[{"role": "user", "content": "?"}])
+
+
+async def test_a_model_without_a_tokenizer_says_what_it_lacks(server: ScriptedServer) -> None:
+    server.app.vocabulary, server.app.no_vocabulary = None, "the model has no tokenizer.json"
+    async with client_of(server) as client:
+        with pytest.raises(openai.APIStatusError, match=r"over gRPC alone: the model has no tokenizer\.json") as caught:
+            await client.completions.create(model="scripted", prompt="x")
+    assert caught.value.status_code == 501

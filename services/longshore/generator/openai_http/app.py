@@ -7,6 +7,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ from longshore.rpc.key_file import KeyFile
 _BODY_BYTES, _BODY_BYTES_PER_TOKEN = 1024 * 1024, 32
 # All bodies that are being read at a time.
 _ALL_BODIES_BYTES = 256 * 1024 * 1024
+
+_THREADS = 2
 
 log = structlog.get_logger()
 
@@ -71,6 +74,8 @@ class OpenAiApp:
         self._stop = stop
         self._max_request_s = max_request_s
         self._places = Places(replies_per_key)
+        # Threads of its own: however much is to be tokenised, versions are staged beside it.
+        self._threads = ThreadPoolExecutor(_THREADS, "openai")
         self._bodies = Bytes(_ALL_BODIES_BYTES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -161,7 +166,8 @@ class OpenAiApp:
             body: Body = parse(kind, await exchange.body(_most_bytes(engine.limits), self._bodies))
             tally.model = body.model[:100]
             pinned = self._models.version_of(body.model)
-            asked = await asyncio.to_thread(_understood, body, pinned, vocabulary, engine.limits)
+            loop = asyncio.get_running_loop()
+            asked = await loop.run_in_executor(self._threads, _understood, body, pinned, vocabulary, engine.limits)
             tally.prompt_tokens = asked.prompt_tokens
             held.enter_context(self._places.taken(tally.key, asked.num_replies - 1))
             deadline = began + timeout_s(exchange.headers, self._max_request_s)
