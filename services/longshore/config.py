@@ -176,9 +176,11 @@ class TrainSpec(Spec):
 
 
 class EvaluationSpec(Spec):
-    """Held-out tasks, sampled once each at the training temperature, before the first train step and after the last."""
+    """Held-out tasks, sampled once each at the training temperature, before the first train step and after the last;
+    and now and then in between, while training goes on."""
 
     tasks: int = Field(0, ge=0, le=1_000_000)
+    every: int = Field(0, ge=0, le=10_000_000, description="train steps between evaluations; 0: none in between")
 
 
 class GeneratorSpec(Spec):
@@ -292,6 +294,9 @@ class JobSpec(Spec):
         if self.evaluation.tasks and not self.tasks.heldout_fraction:
             message = "needs tasks.heldout_fraction > 0: nothing would be held out"
             misfits.append(Misfit("evaluation.tasks", self.evaluation.tasks, message, ("tasks.heldout_fraction",)))
+        if self.evaluation.every and not self.evaluation.tasks:
+            message = "needs evaluation.tasks > 0: there is nothing to evaluate"
+            misfits.append(Misfit("evaluation.every", self.evaluation.every, message, ("evaluation.tasks",)))
         reply = self.sampling.max_new_tokens
         if isinstance(self.model, NewModel) and reply >= self.model.max_context:
             message = f"must be below model.max_context {self.model.max_context}: the prompt needs room too"

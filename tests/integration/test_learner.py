@@ -14,6 +14,7 @@ import pytest
 from processes import Service
 from simulated_site import SimulatedSite
 
+from longshore.config import EvaluationSpec
 from longshore.rollout_queue import broker
 from longshore.rollout_queue.channel import JobChannel
 from longshore.rollout_queue.ledger import Ledger
@@ -308,19 +309,33 @@ async def test_late_verdicts_are_trained_on_and_survive_a_kill(make_bench):
     assert int(newest.name.rpartition("_")[2]) > 3
 
 
-async def test_what_is_replayed_survives_a_kill(make_bench):
+async def test_what_is_replayed_and_evaluated_meanwhile_survives_a_kill(make_bench):
     steps = 18
-    bench = make_bench(
-        "again", steps=steps, checkpoint_every=5, replay={"share": 0.5, "max_uses": 3, "ess_floor": 0.01}
-    )
+    replay = {"share": 0.5, "max_uses": 3, "ess_floor": 0.01}
+    bench = make_bench("again", steps=steps, checkpoint_every=5, replay=replay)
+    job_file = JobFile.model_validate_json((bench.folder / "job.json").read_text())
+    changed = job_file.spec.model_copy(update={"evaluation": EvaluationSpec(tasks=6, every=4)})
+    (bench.folder / "job.json").write_text(job_file.model_copy(update={"spec": changed}).model_dump_json())
     async with bench.running():
-        await bench.until_step(8)
+        await bench.until_step(9)
         bench.learner.kill()
         bench.learner.start()
         summary = await bench.finished()
         counts = await bench.broker_counts()
     # The replayed steps drew the same groups and came to the same bits: their versions were published already.
     assert summary["steps"] == summary["policy_version"] == steps
+    lines = [json.loads(line) for line in (bench.run_dir / "metrics.jsonl").read_text().splitlines()]
+    check_replayed(bench, steps, lines[-1])
+    check_evaluated(summary["evaluations"], steps, lines)
+    # A ticket is closed by its first use, and each evaluation has each of its tickets once.
+    evaluated = 6 * len(summary["evaluations"])
+    assert summary["rollouts_accounted"]["evaluation"] == evaluated
+    assert summary["rollouts_issued"] == steps * 16 + evaluated == counts.issued
+    assert counts.states["trained"] == summary["rollouts_trained"] > steps * 8
+
+
+def check_replayed(bench, steps, line) -> None:
+    """The batch records name no use twice, and the buffer is what the last step says of it."""
     records = [json.loads(line) for line in (bench.run_dir / "learner" / "batches.jsonl").read_text().splitlines()]
     assert len(records) > steps
     last = {record["step"]: record for record in records}
@@ -329,17 +344,28 @@ async def test_what_is_replayed_survives_a_kill(make_bench):
     again = [(key, use) for key, use in uses if use > 1]
     assert {use for _, use in again} == {2, 3}
     assert len(again) > steps * 8
-    first = {key for key, use in uses if use == 1}
-    assert {key for key, _ in again} <= first
-    # A ticket is closed by its first use.
-    assert summary["rollouts_issued"] == steps * 16 + 12 == counts.issued
-    assert counts.states["trained"] == summary["rollouts_trained"] > steps * 8
-    line = json.loads((bench.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {key for key, _ in again} <= {key for key, use in uses if use == 1}
     assert line["replay/rollouts"] == 4 * line["replay/groups"] > 0
     assert 0 < line["replay/ess"] <= 1
     kept = list((bench.run_dir / "learner" / "replay").iterdir())
     assert len(kept) == line["replay/kept_groups"]
     assert sum(path.stat().st_size for path in kept) == line["replay/kept_bytes"]
+
+
+def check_evaluated(rows, steps, lines) -> None:
+    """Each evaluation is of the version that its step made, and none was taken twice or waited for."""
+    assert [(row["when"], row["step"]) for row in (rows[0], rows[-1])] == [("before", 0), ("after", steps)]
+    between = [row["step"] for row in rows if row["when"] == "step"]
+    assert len(between) >= 3
+    assert len(set(between)) == len(between)
+    assert all(row["version"] == row["step"] for row in rows)
+    assert all((row["tasks"], row["scored"], row["interval"]) == (6, 6, "wilson") for row in rows)
+    assert all(0 <= row["low"] <= row["reward"] <= row["high"] <= 1 for row in rows)
+    told = [(line["step"], line["eval/step"]) for line in lines if "eval/step" in line]
+    assert len(told) >= len(between) - 1
+    # One that had ended before the kill is told with its own step, when that is taken again.
+    assert all(step >= evaluated for step, evaluated in told)
+    assert any(step > evaluated > 0 for step, evaluated in told)
 
 
 async def test_rollouts_of_versions_after_the_checkpoint_are_as_good_as_ever(make_bench):

@@ -26,7 +26,7 @@ from longshore.learner.issuer import Issuer
 from longshore.learner.ledger import Ledger
 from longshore.learner.model import _new_model, character_tokenizer
 from longshore.learner.parts import Parts
-from longshore.learner.progress import Progress
+from longshore.learner.progress import Evaluating, Progress
 from longshore.learner.trainer import Trainer
 from longshore.learner.upkeep import Upkeep
 from longshore.rollout_queue.dead_letters import DeadLetters
@@ -154,7 +154,8 @@ async def test_what_the_next_incarnation_issues_again_is_what_was_issued(make_wo
     await world.issuer.issue()
     heldout = [item for item in map(task, range(100)) if is_heldout(item, 0.3)][:3]
     world.parts.heldout.extend(heldout)
-    await world.issuer.issue_evaluation(version=7)
+    running = Evaluating("step", step=6, version=7)
+    await world.issuer.issue_evaluation(running)
     snapshot = load_newest(world.folder / "learner" / "checkpoints")
     again = make_world(Ledger.restore(snapshot.state["ledger"]))
     again.parts.heldout.extend(heldout)
@@ -165,6 +166,7 @@ async def test_what_the_next_incarnation_issues_again_is_what_was_issued(make_wo
         found = again.ledger.open[group_id]
         assert (found.task, found.purpose, found.size, found.pin) == (group.task, group.purpose, group.size, group.pin)
     assert [group.pin for group in again.ledger.open_groups(Purpose.EVALUATION)] == [7, 7, 7]
+    assert again.parts.progress.evaluating == [running]
     assert again.parts.cursor.state == world.parts.cursor.state
 
 

@@ -82,8 +82,15 @@ class JobProgress:
 
     def _on_evaluation(self, event: Json) -> list[str]:
         when, done, tasks, reward = event["when"], event["done"], event["tasks"], event.get("reward")
-        self.status = Status(f"held-out tasks, {when}", done, tasks)
-        return [] if reward is None else [f"held-out tasks, {when}: mean reward {reward:.3f} over {tasks}"]
+        if when == "step":
+            # Training goes on beside it, and has the line.
+            when = f"after step {event['step']}"
+        else:
+            self.status = Status(f"held-out tasks, {when}", done, tasks)
+        if reward is None:
+            return []
+        sure = f" ({event['low']:.3f} to {event['high']:.3f})" if "low" in event else ""
+        return [f"held-out tasks, {when}: mean reward {reward:.3f}{sure} over {tasks}"]
 
     def _on_step(self, event: Json) -> list[str]:
         step, metrics = event["step"], event["metrics"]

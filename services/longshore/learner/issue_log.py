@@ -32,6 +32,9 @@ class IssueRecord:
     tasks: tuple[str, ...] = ()
     # The newest wish for another attempt that this record fulfils.
     wish: str = ""
+    # Of an evaluation: before, step or after, and the train steps that its version has behind it.
+    when: str = ""
+    step: int = 0
 
     @property
     def kind(self) -> Purpose:

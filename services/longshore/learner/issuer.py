@@ -6,6 +6,7 @@ is full takes tickets later: they are in the books, and said again with the next
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ from longshore.learner.disk import when_there_is_room
 from longshore.learner.groups import Group
 from longshore.learner.issue_log import IssueLog, IssueRecord
 from longshore.learner.parts import Parts
+from longshore.learner.progress import Evaluating
 from longshore.proto.v1 import task_pb2
 from longshore.rollout_queue.broker import BrokerFull
 from longshore.rpc import convert
@@ -56,13 +58,10 @@ class Issuer:
         if count := self._allowance():
             await self._issue(self._record(Purpose.TRAIN, count, self._spec.train.group_size))
 
-    async def issue_evaluation(self, version: int) -> list[Group]:
-        """Issues one ticket for every held-out task, to be answered by `version` alone; or finds those still open."""
-        groups = self._ledger.open_groups(Purpose.EVALUATION)
-        if groups:
-            return groups
-        await self._issue(self._record(Purpose.EVALUATION, len(self._parts.heldout), 1, pin=version))
-        return self._ledger.open_groups(Purpose.EVALUATION)
+    async def issue_evaluation(self, evaluating: Evaluating) -> None:
+        """Issues one ticket for every held-out task, to be answered by one version alone."""
+        record = self._record(Purpose.EVALUATION, len(self._parts.heldout), 1, pin=evaluating.version)
+        await self._issue(dataclasses.replace(record, when=evaluating.when, step=evaluating.step))
 
     async def say_again(self) -> None:
         """Says every ticket again that has not ended; the broker leaves those alone that it knows."""
@@ -135,6 +134,8 @@ class Issuer:
         progress, cursor = self._parts.progress, self._parts.cursor
         if record.kind is Purpose.EVALUATION:
             tasks = self._parts.heldout[: record.groups]
+            assert record.pin is not None
+            progress.evaluating.append(Evaluating(record.when, record.step, record.pin))
         elif record.tasks:
             tasks = [_task(bytes.fromhex(text)) for text in record.tasks]
         else:

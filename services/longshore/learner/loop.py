@@ -18,16 +18,16 @@ from longshore.learner.batches import Batch, Batches
 from longshore.learner.broker_link import Cancelled
 from longshore.learner.credit.batch import CreditedBatch
 from longshore.learner.durability import Durability
+from longshore.learner.evaluations import AFTER, BEFORE, Evaluations
 from longshore.learner.issuer import Issuer
 from longshore.learner.parts import Parts
 from longshore.learner.publisher import Lineage
-from longshore.learner.statistics import batch_metrics, rewards_of, staleness_of
+from longshore.learner.statistics import batch_metrics, staleness_of
 from longshore.learner.upkeep import Upkeep
 
 BLOCK_MS = 200
 # Between two looks at what has come home during a train step.
 TRAINING_POLL_S = 0.05
-EVALUATION = "evaluation"
 QUIET_S = 60.0
 # Batches' worth of groups that may come to nothing, one after another, before the job is given up.
 EMPTY_BATCHES = 4
@@ -46,6 +46,7 @@ class LearnerLoop:
         self.batches = Batches(parts)
         self.durability = Durability(parts)
         self.upkeep = Upkeep(parts, self.issuer, self.durability)
+        self.evaluations = Evaluations(parts, self.issuer, self.durability)
         self._empty_in_a_row = self._spoilt_in_a_row = 0
 
     async def run(self) -> str:
@@ -60,12 +61,12 @@ class LearnerLoop:
         try:
             await self.upkeep.begin()
             await self.issuer.issue()
-            await self._evaluate("before")
+            await self.evaluations.stand_still(BEFORE, self._wait)
             await self.reporter.phase("train")
             while self.progress.step < self.spec.train.steps:
                 await self._train_step()
             await self.durability.checkpoint()
-            await self._evaluate("after")
+            await self.evaluations.stand_still(AFTER, self._wait)
         except Cancelled:
             await self._end("cancelled")
             return "cancelled"
@@ -96,9 +97,14 @@ class LearnerLoop:
         self.durability.add(await self.batches.settle(batch, credited, results.get("replay/ess"), spoilt))
         told |= self.batches.metrics(batch)
         clock = time.monotonic()
+        await self.evaluations.look()
+        told |= self.evaluations.metrics()
+        is_evaluated = self.evaluations.is_due(number)
         await self._publish(number)
         # The version is on its way, so the batch counts as consumed and its places are free.
         await self.issuer.issue()
+        if is_evaluated:
+            await self.evaluations.begin(number)
         times = {"wait_for_batch": waited, "forward_backward": trained, "publish": time.monotonic() - clock}
         await self.reporter.step(self.progress, self.ledger, told, results, times)
         is_due = number % self.spec.train.checkpoint_every == 0
@@ -183,28 +189,6 @@ class LearnerLoop:
                 )
         # Also for groups whose rollouts all await their verdicts: they have left their places.
         await self.issuer.issue()
-
-    # -- evaluation --------------------------------------------------------------------------------------------------
-
-    async def _evaluate(self, when: str) -> None:
-        """Samples every held-out task once from the version just published; no train step is taken meanwhile."""
-        if not self.parts.heldout or when in self.progress.evaluations:
-            return
-        await self.parts.publisher.wait()
-        await self.reporter.phase(f"evaluate_{when}")
-        groups = await self.issuer.issue_evaluation(self.progress.version)
-        while not all(group.closed for group in groups):
-            if await self._wait():
-                await self.reporter.evaluation(when, groups, None)
-        rewards = [reward for group in groups for reward in rewards_of(group)]
-        self.progress.evaluations[when] = sum(rewards) / max(1, len(rewards))
-        await self.reporter.evaluation(when, groups, self.progress.evaluations[when])
-        for group in groups:
-            self.durability.add(self.ledger.settle(group, EVALUATION))
-            if self.ledger.group(group.group_id) is not None:
-                # An evaluation does not wait for verdicts, and nothing held out is trained on later.
-                self.durability.add(self.ledger.abandon(group, EVALUATION))
-        await self.durability.checkpoint()
 
     # -- versions, end -----------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import Counter, Gauge, Histogram
 
 LABELS = ("project", "job")
@@ -45,4 +47,15 @@ UNACKNOWLEDGED = Gauge(
     "Rollouts trained on or accounted that no durable checkpoint contains",
     LABELS,
 )
+EVALUATION = Gauge(
+    "longshore_learner_evaluation",
+    "The last evaluation: train steps behind its version, the version, scored tasks, mean reward and its 95 % bounds",
+    (*LABELS, "what"),
+)
 RECONCILED = Counter("longshore_learner_reconciliations_total", "Times the broker's counts were made anew", LABELS)
+
+
+def observe_evaluation(labels: tuple[str, str], told: Mapping[str, float]) -> None:
+    """Shows what came of an evaluation, by the names of a step's line without `eval/`."""
+    for name, value in told.items():
+        EVALUATION.labels(*labels, name.removeprefix("eval/")).set(value)

@@ -3,6 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from longshore.learner.intervals import Interval
+
+# Evaluations that a checkpoint and a summary hold; of more, the oldest are left out.
+REMEMBERED_EVALUATIONS = 1000
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """An evaluation under way. Example: Evaluating("step", step=40, version=41)"""
+
+    # before, step or after
+    when: str
+    # Train steps that its version has behind it.
+    step: int
+    version: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of one."""
+
+    when: str
+    step: int
+    version: int
+    # Held-out tasks, and those of them that a scored rollout came of.
+    tasks: int
+    scored: int
+    # None: nothing came.
+    interval: Interval | None
+
+    def metrics(self) -> dict[str, float]:
+        """For the line of a train step."""
+        found = {"eval/step": float(self.step), "eval/version": float(self.version), "eval/scored": float(self.scored)}
+        if self.interval is not None:
+            found |= {"eval/reward": self.interval.mean, "eval/low": self.interval.low, "eval/high": self.interval.high}
+        return found
 
 
 @dataclass
@@ -19,6 +57,10 @@ class Progress:
     started_at: float = 0.0
     # "before" and "after" -> mean reward on held-out tasks.
     evaluations: dict[str, float] = field(default_factory=dict)
+    # Every evaluation, in the order in which they ended.
+    results: list[Evaluation] = field(default_factory=list)
+    # Those under way, in the order in which they were begun.
+    evaluating: list[Evaluating] = field(default_factory=list)
     # Over the rollouts of all batches.
     staleness_sum: int = 0
     staleness_count: int = 0
@@ -27,6 +69,19 @@ class Progress:
     @property
     def staleness_mean(self) -> float | None:
         return self.staleness_sum / self.staleness_count if self.staleness_count else None
+
+    @property
+    def evaluated_step(self) -> int:
+        """The train step whose version was evaluated last, or is being evaluated; 0: none."""
+        steps = [result.step for result in self.results] + [running.step for running in self.evaluating]
+        return max(steps, default=0)
+
+    def add_evaluation(self, result: Evaluation) -> None:
+        """Notes what came of an evaluation."""
+        self.results.append(result)
+        del self.results[:-REMEMBERED_EVALUATIONS]
+        if result.when != "step":
+            self.evaluations[result.when] = 0.0 if result.interval is None else result.interval.mean
 
     def add_staleness(self, values: list[int]) -> None:
         self.staleness_sum += sum(values)
@@ -37,5 +92,17 @@ class Progress:
         return asdict(self)
 
     @staticmethod
-    def restore(state: dict[str, object]) -> Progress:
-        return Progress(**state)  # type: ignore[arg-type]
+    def restore(state: dict[str, Any]) -> Progress:
+        """The progress that `state` was taken of."""
+        return Progress(
+            **{
+                **state,
+                "results": [_result(item) for item in state.get("results", [])],
+                "evaluating": [Evaluating(**item) for item in state.get("evaluating", [])],
+            }
+        )
+
+
+def _result(item: dict[str, Any]) -> Evaluation:
+    interval = item["interval"]
+    return Evaluation(**{**item, "interval": None if interval is None else Interval(**interval)})

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longshore.learner.durable_lines import append_line
+from longshore.learner.progress import Evaluation
 
 FIRST_STEPS = 5
 LAST_FRACTION = 0.1
@@ -60,8 +61,8 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     return [math.fsum(values[max(0, end - window) : end]) / min(end, window) for end in range(1, len(values) + 1)]
 
 
-def draw_reward(path: Path, title: str, lines: Sequence[Metrics], evaluations: dict[str, float]) -> None:
-    """The reward curve with the held-out scores, and the staleness under it, as a PNG."""
+def draw_reward(path: Path, title: str, lines: Sequence[Metrics], evaluations: Sequence[Evaluation]) -> None:
+    """The reward curve with the held-out scores and their 95 % intervals, and the staleness under it, as a PNG."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -74,19 +75,23 @@ def draw_reward(path: Path, title: str, lines: Sequence[Metrics], evaluations: d
     )
     top.plot(steps, rewards, color="#9ecae1", linewidth=1, label="mean reward of a batch")
     top.plot(steps, smoothed(rewards, 10), color="#08519c", linewidth=2, label="mean of the last 10")
-    if "before" in evaluations:
-        top.plot(
-            [0], [evaluations["before"]], "o", color="#a63603", markersize=8, clip_on=False, label="held out, before"
-        )
-    if "after" in evaluations and steps:
-        top.plot(
-            [steps[-1]],
-            [evaluations["after"]],
-            "o",
-            color="#31a354",
-            markersize=8,
+    marked = [(result.step, result.interval) for result in evaluations if result.interval is not None]
+    if marked:
+        means = [interval.mean for _, interval in marked]
+        reach = [
+            [max(0.0, interval.mean - interval.low) for _, interval in marked],
+            [max(0.0, interval.high - interval.mean) for _, interval in marked],
+        ]
+        top.errorbar(
+            [step for step, _ in marked],
+            means,
+            yerr=reach,
+            fmt="o",
+            color="#a63603",
+            markersize=6,
+            capsize=3,
             clip_on=False,
-            label="held out, after",
+            label="held out, with 95 % interval",
         )
     top.set(ylabel="reward", title=title, ylim=(min(0.0, *rewards, 0.0), max(1.0, *rewards, 1.0)))
     top.legend(loc="lower right", frameon=False)

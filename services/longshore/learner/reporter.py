@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import structlog
@@ -15,8 +16,9 @@ from longshore.learner.disk import when_there_is_room
 from longshore.learner.durable_lines import append_line
 from longshore.learner.groups import Group
 from longshore.learner.health_metrics import observe_line
+from longshore.learner.intervals import Interval
 from longshore.learner.ledger import Ledger
-from longshore.learner.progress import Progress
+from longshore.learner.progress import Evaluating, Evaluation, Progress
 from longshore.learner.report import MetricsFile, draw_reward, first_and_last, write_json
 from longshore.types import JobRef
 
@@ -75,14 +77,18 @@ class Reporter:
         steps = self._spec.warm_start.steps if self._spec.warm_start else step
         await self._publish({"type": "warm_start", "step": step, "steps": steps, "loss": loss})
 
-    async def evaluation(self, when: str, groups: Sequence[Group], reward: float | None) -> None:
-        """Progress of an evaluation; `reward` once all of it is in."""
+    async def evaluation(self, running: Evaluating, groups: Sequence[Group], result: Evaluation | None) -> None:
+        """Progress of an evaluation; `result` once all of it is in."""
         now = time.monotonic()
-        if reward is None and now - self._evaluation_at < EVALUATION_EVERY_S:
+        if result is None and now - self._evaluation_at < EVALUATION_EVERY_S:
             return
         self._evaluation_at = now
         done = sum(group.closed for group in groups)
-        event = {"type": "evaluation", "when": when, "done": done, "tasks": len(groups), "reward": reward}
+        event = {"type": "evaluation", **asdict(running), "done": done, "tasks": len(groups), "reward": None}
+        if result is not None:
+            # A job without a single scored task has earned nothing.
+            event |= {"reward": 0.0, "scored": result.scored} | _told(result.interval)
+            metrics.observe_evaluation(self._labels, result.metrics())
         await self._publish(event)
 
     async def step(
@@ -133,7 +139,7 @@ class Reporter:
         if lines:
             title = f"{self._job.job}: mean reward by train step"
             picture = self._run_dir / "reward.png"
-            await when_there_is_room(lambda: draw_reward(picture, title, lines, progress.evaluations), "reward.png")
+            await when_there_is_room(lambda: draw_reward(picture, title, lines, progress.results), "reward.png")
         await when_there_is_room(lambda: write_json(self._run_dir / "summary.json", summary), "summary.json")
         await self._publish({"type": "summary", "summary": summary})
         await self.phase("done")
@@ -156,7 +162,21 @@ class Reporter:
             "reward_last": last,
             "eval_before": progress.evaluations.get("before"),
             "eval_after": progress.evaluations.get("after"),
+            "evaluations": [_row(result) for result in progress.results],
             "staleness_mean": progress.staleness_mean,
             "staleness_max": progress.staleness_max,
             "seconds": round(time.time() - progress.started_at, 1),
         }
+
+
+def _row(result: Evaluation) -> dict[str, object]:
+    row = asdict(result)
+    del row["interval"]
+    return row | {"reward": None} | _told(result.interval)
+
+
+def _told(interval: Interval | None) -> dict[str, object]:
+    """As people read it: `reward` lies between `low` and `high` with a confidence of 95 %."""
+    if interval is None:
+        return {}
+    return {"reward": interval.mean, "low": interval.low, "high": interval.high, "interval": interval.method}
