@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from longshore.config_base import Spec
 from longshore.config_credit import AnyCredit, BatchWhitened, Credit, Gae, OverlongSpec
+from longshore.config_curriculum import CurriculumSpec
 from longshore.config_objective import DppoObjective, EssStepSpec, KlSpec, Objective
 from longshore.config_replay import ReplaySpec
 from longshore.documents import MAX_BYTES, parse_yaml
@@ -70,6 +71,7 @@ class TasksSpec(Spec):
     # Only for reasoning-gym: the data set's name.
     dataset: str | None = None
     options: Json = Field(default_factory=dict)
+    curriculum: CurriculumSpec | None = Field(None, description="absent: every task as often as every other")
     heldout_fraction: float = Field(
         0.1, ge=0.0, le=0.5, description="share of task texts kept from all training, chosen by a hash of the text"
     )

@@ -14,14 +14,17 @@ from builders import rollout
 from redis.asyncio import Redis
 
 from longshore.config import JobSpec, NewModel
+from longshore.config_curriculum import CurriculumSpec
 from longshore.errors import Fenced
 from longshore.learner import issuer as issuing
 from longshore.learner import metrics, upkeep
 from longshore.learner.broker_link import BrokerLink
 from longshore.learner.checkpoint import load_newest
+from longshore.learner.curriculum import Curriculum
 from longshore.learner.durability import Durability, covered_by
 from longshore.learner.groups import Origin
 from longshore.learner.intake import Intake, Limits
+from longshore.learner.issue_log import IssueLog
 from longshore.learner.issuer import Issuer
 from longshore.learner.ledger import Ledger
 from longshore.learner.model import _new_model, character_tokenizer
@@ -33,7 +36,7 @@ from longshore.rollout_queue.dead_letters import DeadLetters
 from longshore.rollout_queue.rollouts import RolloutQueue
 from longshore.rollout_queue.site_leases import SiteLeases
 from longshore.rollout_queue.tickets import TicketQueue
-from longshore.tasks.source import TrainCursor, is_heldout
+from longshore.tasks.source import FirstTasks, TrainCursor, is_heldout
 from longshore.types import JobRef, Message, Purpose, Task
 
 GROUPS, SIZE = 2, 2
@@ -168,6 +171,30 @@ async def test_what_the_next_incarnation_issues_again_is_what_was_issued(make_wo
     assert [group.pin for group in again.ledger.open_groups(Purpose.EVALUATION)] == [7, 7, 7]
     assert again.parts.progress.evaluating == [running]
     assert again.parts.cursor.state == world.parts.cursor.state
+
+
+async def test_what_a_curriculum_chose_is_issued_again_whatever_is_known_by_then(make_world):
+    def with_curriculum(world, success):
+        world.parts.cursor = TrainCursor(FirstTasks(Numbers(), 12), 0.3, seed=4)
+        for number in range(12):
+            world.parts.tasks_known.observe(f"task-{number}", [success(number)])
+        spec = CurriculumSpec(least=0.05)
+        world.parts.curriculum = Curriculum(world.parts.cursor, world.parts.tasks_known, spec, seed=4)
+        return world
+
+    world = with_curriculum(make_world(), lambda number: float(number % 3 == 0))
+    await world.parts.link.open(0)
+    for _ in range(3):
+        await world.issuer.issue()
+        for group in list(world.ledger.open.values()):
+            world.ledger.abandon(group, "trained")
+    again = with_curriculum(make_world(), lambda number: float(number % 3 == 1))
+    again.issuer.restore()
+    found = [group.task for group in again.ledger.open.values()]
+    assert len(found) == again.ledger.next_group == world.ledger.next_group == 12
+    records = IssueLog(world.folder / "learner" / "issued.jsonl").after(0)
+    assert found == [world.parts.cursor.at(place) for record in records for place in record.positions]
+    assert again.parts.cursor.state == world.parts.cursor.state > 12
 
 
 async def test_a_wish_becomes_a_new_group_ahead_of_the_source_and_only_once(make_world):

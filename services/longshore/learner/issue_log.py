@@ -35,6 +35,8 @@ class IssueRecord:
     # Of an evaluation: before, step or after, and the train steps that its version has behind it.
     when: str = ""
     step: int = 0
+    # Positions in the source of the tasks that a curriculum chose; empty: nothing was chosen.
+    positions: tuple[int, ...] = ()
 
     @property
     def kind(self) -> Purpose:
@@ -59,7 +61,8 @@ class IssueLog:
         """
         records: list[IssueRecord] = []
         for item in read_lines(self.path):
-            record = IssueRecord(**{**item, "tasks": tuple(item["tasks"])})
+            lists = {"tasks": tuple(item["tasks"]), "positions": tuple(item.get("positions", ()))}
+            record = IssueRecord(**{**item, **lists})
             if records and record.epoch < records[-1].epoch:
                 continue
             while records and records[-1].first_group >= record.first_group:

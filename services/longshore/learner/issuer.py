@@ -56,7 +56,11 @@ class Issuer:
         """Issues what admission allows: dead letters that people want attempted again, then the source's next tasks."""
         await self._fulfil_wishes()
         if count := self._allowance():
-            await self._issue(self._record(Purpose.TRAIN, count, self._spec.train.group_size))
+            record = self._record(Purpose.TRAIN, count, self._spec.train.group_size)
+            if self._parts.curriculum is not None:
+                chosen = tuple([self._parts.curriculum.next() for _ in range(count)])
+                record = dataclasses.replace(record, positions=chosen)
+            await self._issue(record)
 
     async def issue_evaluation(self, evaluating: Evaluating) -> None:
         """Issues one ticket for every held-out task, to be answered by one version alone."""
@@ -138,6 +142,9 @@ class Issuer:
             progress.evaluating.append(Evaluating(record.when, record.step, record.pin))
         elif record.tasks:
             tasks = [_task(bytes.fromhex(text)) for text in record.tasks]
+        elif record.positions:
+            tasks = [cursor.at(position) for position in record.positions]
+            cursor.state = record.positions[-1] + 1
         else:
             tasks = [cursor.next() for _ in range(record.groups)]
         progress.cursor = cursor.state

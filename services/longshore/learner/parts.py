@@ -8,6 +8,7 @@ from pathlib import Path
 
 from longshore.config import JobSpec
 from longshore.learner.broker_link import BrokerLink
+from longshore.learner.curriculum import Curriculum
 from longshore.learner.difficulty import TaskBook
 from longshore.learner.intake import Intake
 from longshore.learner.ledger import Ledger
@@ -43,5 +44,7 @@ class Parts:
     # None: rollouts carry their prompts.
     prompts: Prompts | None = None
     tasks_known: TaskBook = field(default_factory=TaskBook)
+    # None: tasks are taken in the order of the source.
+    curriculum: Curriculum | None = None
     # None: rollouts are trained on once.
     replay: ReplayBuffer | None = None

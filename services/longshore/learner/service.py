@@ -15,6 +15,7 @@ from longshore.config import JobSpec, WarmStartSpec
 from longshore.learner.broker_link import BrokerLink, Cancelled
 from longshore.learner.checkpoint import Snapshot, load_newest, restore_snapshot, take_snapshot, write_checkpoint
 from longshore.learner.config import LearnerSettings
+from longshore.learner.curriculum import Curriculum
 from longshore.learner.difficulty import TaskBook
 from longshore.learner.disk import when_there_is_room
 from longshore.learner.durability import covered_by
@@ -38,7 +39,7 @@ from longshore.rpc.server import RpcServer
 from longshore.settings import JobFile
 from longshore.tasks.registry import SOURCES, load
 from longshore.tasks.rendering import Renderer
-from longshore.tasks.source import TaskSource, TrainCursor, heldout_tasks
+from longshore.tasks.source import FirstTasks, TaskSource, TrainCursor, heldout_tasks
 from longshore.weights.client import WeightsClient
 
 log = structlog.get_logger()
@@ -112,6 +113,7 @@ async def _run(
     # Of an earlier incarnation there may be versions after our checkpoint's, and rollouts that they made.
     intake.newest_version = publisher.newest
     heldout = await asyncio.to_thread(heldout_tasks, source, spec.tasks.heldout_fraction, spec.evaluation.tasks)
+    cursor, curriculum = _train_tasks(spec, source, progress, tasks_known)
     parts = Parts(
         job=job.ref,
         spec=spec,
@@ -122,13 +124,14 @@ async def _run(
         ledger=ledger,
         intake=intake,
         progress=progress,
-        cursor=TrainCursor(source, spec.tasks.heldout_fraction, progress.cursor, seed=spec.seed),
+        cursor=cursor,
         heldout=heldout,
         reporter=reporter,
         stop=stop,
         max_unacknowledged=int(settings.unacknowledged_mb * 1024 * 1024),
         prompts=prompts,
         tasks_known=tasks_known,
+        curriculum=curriculum,
         replay=await asyncio.to_thread(_replay, settings, spec, snapshot, link.epoch, tasks_known),
     )
     state = await LearnerLoop(parts).run()
@@ -229,6 +232,16 @@ def _ledger(snapshot: Snapshot) -> Ledger:
     state = snapshot.state["ledger"]
     assert isinstance(state, dict)
     return Ledger.restore(state)
+
+
+def _train_tasks(
+    spec: JobSpec, source: TaskSource, progress: Progress, known: TaskBook
+) -> tuple[TrainCursor, Curriculum | None]:
+    """Walks the training tasks from where the checkpoint stood; and who chooses among them, where the job says so."""
+    told = spec.tasks.curriculum
+    walked = source if told is None or told.pool is None else FirstTasks(source, told.pool)
+    cursor = TrainCursor(walked, spec.tasks.heldout_fraction, progress.cursor, seed=spec.seed)
+    return cursor, None if told is None else Curriculum(cursor, known, told, spec.seed)
 
 
 def _replay(

@@ -96,7 +96,7 @@ def _check_tasks(spec: JobSpec, kind: type[Any]) -> list[Fault]:
         sample.append(task)
     if not sample:
         return [Fault("tasks.source", spec.tasks.source, "has no tasks")]
-    return [*_check_fit(spec, sample), *_check_heldout(spec, source)]
+    return [*_check_fit(spec, sample), *_check_heldout(spec, source), *_check_curriculum(spec, source)]
 
 
 def _check_fit(spec: JobSpec, sample: list[Task]) -> list[Fault]:
@@ -119,6 +119,15 @@ def _check_fit(spec: JobSpec, sample: list[Task]) -> list[Fault]:
             message = f"cannot score these tasks: task {task.task_id} {lacks}"
             return [*faults, Fault("verifier.name", spec.verifier.name, message)]
     return faults
+
+
+def _check_curriculum(spec: JobSpec, source: TaskSource) -> list[Fault]:
+    """Whether tasks come again at all."""
+    told = spec.tasks.curriculum
+    if told is None or told.pool is not None or source.size is not None:
+        return []
+    message = f"source {spec.tasks.source} is endless, so no task would come again: say how many of its first tasks"
+    return [Fault("tasks.curriculum.pool", None, message)]
 
 
 def _check_heldout(spec: JobSpec, source: TaskSource) -> list[Fault]:

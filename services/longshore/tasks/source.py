@@ -24,6 +24,18 @@ _MAX_SKIPPED = 200_000
 _SCAN_FACTOR = 20
 
 
+class Walkable(Protocol):
+    """What a cursor needs of a source."""
+
+    # How many tasks there are; None: endless.
+    @property
+    def size(self) -> int | None: ...
+
+    def task(self, ordinal: int) -> Task | None:
+        """The same ordinal gives the same task, in every process. None: past the end."""
+        ...
+
+
 class TaskSource(Protocol):
     """Problems by number. Constructing one raises InvalidJobSpec for settings that cannot work.
 
@@ -59,7 +71,7 @@ class TrainCursor:
     `state` is all that a checkpoint needs: a cursor built with it goes on exactly where this one stood.
     """
 
-    def __init__(self, source: TaskSource, fraction: float, state: int = 0, *, seed: int = 0) -> None:
+    def __init__(self, source: Walkable, fraction: float, state: int = 0, *, seed: int = 0) -> None:
         self._source = source
         self._fraction = fraction
         self._seed = seed
@@ -70,7 +82,8 @@ class TrainCursor:
         """The next task that is not held out. Raises ConfigError when there is none."""
         if self._source.size == 0:
             raise ConfigError("tasks: the source is empty")
-        for _ in range(_MAX_SKIPPED if self._source.size is None else 2 * self._source.size):
+        size = self._source.size
+        for _ in range(_MAX_SKIPPED if size is None else 2 * size):
             task = self._source.task(self._ordinal(self.state))
             if task is None:
                 raise ConfigError(f"tasks: the source ended before its size of {self._source.size} tasks")
@@ -79,11 +92,30 @@ class TrainCursor:
                 return task
         raise ConfigError(f"tasks: no task is left to train on with heldout_fraction {self._fraction}")
 
+    def at(self, position: int) -> Task:
+        """The task at a position that this cursor has passed before. Raises ConfigError when it is not there now."""
+        task = self._source.task(self._ordinal(position))
+        if task is None:
+            raise ConfigError(f"tasks: the source ended before its size of {self._source.size} tasks")
+        return task
+
     def _ordinal(self, position: int) -> int:
         size = self._source.size
         if size is None:
             return position
         return _order(self._seed, position // size, size)[position % size]
+
+
+class FirstTasks:
+    """The first `size` tasks of a source, or all of a smaller one; for what wants to see tasks again."""
+
+    def __init__(self, source: TaskSource, size: int) -> None:
+        self._source = source
+        self.size = size if source.size is None else min(size, source.size)
+
+    def task(self, ordinal: int) -> Task | None:
+        """As that of the source."""
+        return self._source.task(ordinal) if ordinal < self.size else None
 
 
 @functools.lru_cache(maxsize=2)

@@ -56,6 +56,15 @@ def test_everything_unknown_is_named_at_once() -> None:
     ]
 
 
+def test_a_curriculum_needs_tasks_that_come_again(tmp_path: Path) -> None:
+    endless: dict[str, object] = {"source": "reasoning-gym", "dataset": "chain_sum"}
+    (fault,) = faults(tasks=endless | {"curriculum": {"target": 0.5}})
+    assert fault.startswith("tasks.curriculum.pool: source reasoning-gym is endless")
+    assert faults(tasks=endless | {"curriculum": {"pool": 500}}) == []
+    file = lines(tmp_path / "t.jsonl", *({"prompt": f"{n}", "answer": "1"} for n in range(9)))
+    assert faults(tasks=file | {"curriculum": {}}, verifier={"name": "exact-match"}) == []
+
+
 def test_a_module_path_is_no_plugin_name() -> None:
     (fault,) = faults(verifier={"name": "longshore.tasks.exact_match:ExactMatch"})
     assert "is not installed" in fault
