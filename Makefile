@@ -14,7 +14,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 
-KERNEL := hatch_build.py $(wildcard services/longshore/weight_store/codec/*.[ch])
+KERNEL := hatch_build.py $(wildcard services/longshore/weight_store/codec/*.[ch] services/longshore/generator/attention/*.c)
 
 $(VENV)/.local: pyproject.toml constraints.txt $(KERNEL) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[local]'

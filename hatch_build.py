@@ -1,7 +1,8 @@
-"""Builds the weight codec's C kernel into the package; a build hook of hatchling, and a script for a checkout.
+"""Builds the package's C kernels, the weight codec's and the torch engine's attention: a build hook of hatchling, and
+a script for a checkout.
 
-One plain C file, loaded by ctypes: it knows no Python, so one wheel serves every version of it. Without a compiler the
-package installs all the same, and its codec runs on numpy, much slower.
+Plain C files, loaded by ctypes: they know no Python, so one wheel serves every version of it. Without a compiler the
+package installs all the same; its codec then runs on numpy and its attention on torch, much slower.
 """
 
 from __future__ import annotations
@@ -22,24 +23,28 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 CODEC = Path("services/longshore/weight_store/codec")
 _AVX2 = ["-mavx2", "-mbmi", "-mbmi2", "-mpopcnt"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-# By file, as native.py knows them: for any processor, and for most and for newer ones of x86-64.
+ATTENTION = Path("services/longshore/generator/attention")
+# Folders with a kernel.c and a native.py that loads what is built of it, and their own flags for AVX2.
+KERNELS: dict[Path, list[str]] = {CODEC: [], ATTENTION: ["-mfma"]}
+# By file, as each native.py knows them: for any processor, and for most and for newer ones of x86-64.
 LIBRARIES: dict[str, list[str]] = {"_kernel.so": [], "_kernel_avx2.so": _AVX2, "_kernel_avx512.so": _AVX512}
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared")
 
 
 def build(root: Path) -> list[str]:
-    """Compiles the kernel in the source tree, and removes what was built of older source.
+    """Compiles the kernels in the source tree, and removes what was built of older source.
 
     Returns the files that were made: none without a compiler.
     """
-    folder = root / CODEC
     made = []
-    for name, own in LIBRARIES.items():
-        (folder / name).unlink(missing_ok=True)
-        if own and platform.machine() not in ("x86_64", "AMD64"):
-            continue
-        if compile_kernel(folder, folder / name, [*FLAGS, *own]):
-            made.append(str(CODEC / name))
+    for kernel, extra in KERNELS.items():
+        folder = root / kernel
+        for name, own in LIBRARIES.items():
+            (folder / name).unlink(missing_ok=True)
+            if own and platform.machine() not in ("x86_64", "AMD64"):
+                continue
+            if compile_kernel(folder, folder / name, [*FLAGS, *own, *(extra if own else [])]):
+                made.append(str(kernel / name))
     return made
 
 
@@ -72,7 +77,7 @@ class KernelHook(BuildHookInterface):  # type: ignore[type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         made = build(Path(self.root))
         if not made:
-            self.app.display_warning("longshore: the weight codec's kernel was not built; numpy does its work, slowly")
+            self.app.display_warning("longshore: the C kernels were not built; numpy and torch do their work, slowly")
             return
         build_data["artifacts"] += made
         build_data["pure_python"] = False

@@ -207,8 +207,6 @@ class GeneratorSpec(Spec):
                 Misfit(name, value, f"must be {only} with engine torch", ("engine",))
                 for name, value, only in (
                     ("dtype", self.dtype, "float32"),
-                    ("update", self.update, "keep"),
-                    ("kv_after_update", self.kv_after_update, "keep"),
                     ("tensor_parallel", self.tensor_parallel, 1),
                 )
                 if value != only

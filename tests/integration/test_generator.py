@@ -21,8 +21,8 @@ from tiny_llama import VOCABULARY, reference_logprobs
 
 from longshore.errors import ConfigError
 from longshore.generator.config import GeneratorSettings
+from longshore.generator.paged_decoder import PagedDecoder
 from longshore.generator.service import serve
-from longshore.generator.slot_decoder import SlotDecoder
 from longshore.proto.v1 import rollout_pb2
 
 # Takes seconds to draw: time enough for things to happen under a stream.
@@ -328,7 +328,7 @@ async def test_nothing_is_served_before_a_version_is_proven(whole_site: Site, tm
 async def test_an_unknown_model_ends_the_process(whole_site: Site, tmp_path: Path) -> None:
     store = Store(tmp_path, whole_site.store.weights)
     await store.publish(architecture="MambaForCausalLM")
-    with pytest.raises(ConfigError, match="decodes LlamaForCausalLM alone; this model is MambaForCausalLM"):
+    with pytest.raises(ConfigError, match=r"this model is MambaForCausalLM: set generator\.engine to vllm"):
         await asyncio.wait_for(serve(settings(store, f"unix:{tmp_path}/generator.sock"), asyncio.Event()), WAIT_S)
 
 
@@ -341,10 +341,10 @@ async def test_a_decode_thread_that_dies_ends_the_process(
     caller = Caller(store.job, address)
     await caller.until(lambda status: status.HasField("policy_version"))
 
-    def fail(decoder: SlotDecoder) -> None:
+    def fail(decoder: PagedDecoder) -> None:
         raise RuntimeError("the decoder is broken")
 
-    monkeypatch.setattr(SlotDecoder, "decode", fail)
+    monkeypatch.setattr(PagedDecoder, "decode", fail)
     call = caller.start()
     with pytest.raises(RuntimeError, match="the decoder is broken"):
         await asyncio.wait_for(serving, WAIT_S)

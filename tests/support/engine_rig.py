@@ -40,20 +40,40 @@ CANARY = (1, 9, 8, 7, 30, 2, 2, 17)
 LONG = CONTEXT
 
 
-def _torch_slots(model: LlamaForCausalLM, emit: Emit, slots: int, max_waiting: int, residents: int) -> Engine:
-    options = SlotOptions(slots=slots, max_waiting=max_waiting, cache_bytes=1 << 30, seed=1, residents=residents)
+@dataclass(frozen=True)
+class Update:
+    """What becomes of running requests at a swap; makers take it as `update`."""
+
+    drain: bool = False
+    recompute: bool = False
+
+
+def _torch_slots(
+    model: LlamaForCausalLM, emit: Emit, slots: int, max_waiting: int, residents: int, update: Update = Update()
+) -> Engine:
+    options = SlotOptions(
+        slots=slots,
+        max_waiting=max_waiting,
+        cache_bytes=1 << 30,
+        seed=1,
+        residents=residents,
+        drain=update.drain,
+        recompute=update.recompute,
+    )
     return TorchSlotsEngine(
         read_config(config_json(model)), options, emit, EngineMetrics(JobRef("default", "contract"))
     )
 
 
-def _vllm(model: LlamaForCausalLM, emit: Emit, slots: int, max_waiting: int, residents: int) -> Engine:
+def _vllm(
+    model: LlamaForCausalLM, emit: Emit, slots: int, max_waiting: int, residents: int, update: Update = Update()
+) -> Engine:
     import vllm_rig
 
-    return vllm_rig.make(config_json(model), emit, slots, max_waiting)
+    return vllm_rig.make(config_json(model), emit, slots, max_waiting, drain=update.drain, recompute=update.recompute)
 
 
-Maker = Callable[[LlamaForCausalLM, Emit, int, int, int], Engine]
+Maker = Callable[..., Engine]
 # What is not marked vllm holds several versions at a time.
 SEVERAL: dict[str, Maker] = {"torch-slots": _torch_slots}
 ENGINES: dict[str, Maker] = {**SEVERAL, "vllm": _vllm}

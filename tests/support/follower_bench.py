@@ -151,8 +151,9 @@ def refusals(reason: str) -> float:
 
 def scores(bench: Bench, token_ids: tuple[int, ...] = (5, 6, 7, 8)) -> torch.Tensor:
     """Log-probs under the weights that were staged last, whether they serve or not."""
-    decoder = bench.engine._decoder  # type: ignore[union-attr]
-    return torch.tensor(llama_forward.score(decoder.shape, decoder.weights, token_ids))
+    assert isinstance(bench.engine, TorchSlotsEngine)
+    assert bench.engine._served is not None
+    return torch.tensor(llama_forward.score(bench.engine.shape, bench.engine._served, token_ids))
 
 
 def expected(seed: int, token_ids: tuple[int, ...] = (5, 6, 7, 8)) -> torch.Tensor:

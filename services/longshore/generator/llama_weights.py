@@ -1,10 +1,11 @@
-"""The weights of a Llama model as the slot decoder wants them: float32, projections that share an input in one matrix.
+"""The weights of a model as the torch engine wants them: float32, projections that share an input in one matrix.
 
 Knows how published tensors are named and laid out; knows nothing of slots, caches or versions.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 
+_SERIALS = itertools.count(1)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -31,6 +34,10 @@ class Layer:
 
     input_norm: Tensor
     qkv: Tensor
+    # None where the architecture has none.
+    qkv_bias: Tensor | None
+    # [heads + kv_heads, head_dim]: the norms of the query heads, then of the key heads.
+    qk_norm: Tensor | None
     out: Tensor
     post_norm: Tensor
     gate_up: Tensor
@@ -41,6 +48,8 @@ class Layer:
 class LlamaWeights:
     """A whole model, independent of the tensors that it was made from."""
 
+    # No other weights of this process have it.
+    serial: int
     embedding: Tensor
     layers: tuple[Layer, ...]
     final_norm: Tensor
@@ -98,9 +107,9 @@ def build_weights(shape: LlamaShape, tensors: Mapping[str, Tensor], like: LlamaW
     _check(expected_shapes(shape), tensors)
     joined = _Joined(tensors, like.made if like else {})
     embedding = joined(EMBEDDING)
-    layers = tuple(_layer(joined, f"model.layers.{index}.") for index in range(shape.num_layers))
+    layers = tuple(_layer(shape, joined, f"model.layers.{index}.") for index in range(shape.num_layers))
     head = embedding if shape.tie_embeddings else joined(HEAD)
-    return LlamaWeights(embedding, layers, joined(FINAL_NORM), head, joined.made)
+    return LlamaWeights(next(_SERIALS), embedding, layers, joined(FINAL_NORM), head, joined.made)
 
 
 def expected_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
@@ -121,6 +130,11 @@ def expected_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
             prefix + "mlp.up_proj.weight": (inner, hidden),
             prefix + "mlp.down_proj.weight": (hidden, inner),
         }
+        if shape.qkv_bias:
+            rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
+            expected |= {f"{prefix}self_attn.{name}_proj.bias": (count,) for name, count in rows.items()}
+        if shape.qk_norm:
+            expected |= {f"{prefix}self_attn.{name}_norm.weight": (shape.head_dim,) for name in "qk"}
     if not shape.tie_embeddings:
         expected[HEAD] = (shape.vocab_size, hidden)
     return expected
@@ -141,16 +155,23 @@ def _check(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor
             raise IntegrityError(f"the tensors do not fit the model's config.json: {what}: {shown}")
 
 
-def _layer(joined: _Joined, prefix: str) -> Layer:
+def _layer(shape: LlamaShape, joined: _Joined, prefix: str) -> Layer:
     attention, mlp = prefix + "self_attn.", prefix + "mlp."
     return Layer(
         input_norm=joined(prefix + "input_layernorm.weight"),
         qkv=joined(*(f"{attention}{name}_proj.weight" for name in "qkv")),
+        qkv_bias=joined(*(f"{attention}{name}_proj.bias" for name in "qkv")) if shape.qkv_bias else None,
+        qk_norm=_norms(shape, joined, attention) if shape.qk_norm else None,
         out=joined(attention + "o_proj.weight"),
         post_norm=joined(prefix + "post_attention_layernorm.weight"),
         gate_up=joined(*(f"{mlp}{name}_proj.weight" for name in ("gate", "up"))),
         down=joined(mlp + "down_proj.weight"),
     )
+
+
+def _norms(shape: LlamaShape, joined: _Joined, attention: str) -> Tensor:
+    heads = {"q": shape.num_heads, "k": shape.num_kv_heads}
+    return torch.cat([joined(f"{attention}{name}_norm.weight").expand(count, -1) for name, count in heads.items()])
 
 
 # Matrices by the names of their parts, each with the tensors that it was made of.

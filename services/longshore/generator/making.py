@@ -38,12 +38,15 @@ def make_engine(settings: GeneratorSettings, job: JobFile, config: bytes, emit: 
 
 
 def slot_options(settings: GeneratorSettings, job: JobFile) -> SlotOptions:
+    spec: GeneratorSpec = job.spec.generator
     return SlotOptions(
         slots=job.spec.resources_at(settings.site).generator_slots,
         max_waiting=settings.max_waiting,
         cache_bytes=settings.cache_mb * 1024 * 1024,
         seed=_seed(),
         residents=settings.residents,
+        drain=spec.update == "drain",
+        recompute=spec.kv_after_update == "recompute",
     )
 
 

@@ -21,6 +21,7 @@ CANARY_GAP = Gauge(
     (*_JOB, "over"),
 )
 UNPROVEN = Counter("longshore_generator_unproven_versions_total", "Versions whose canary was off", _JOB)
+PARKED = Counter("longshore_generator_parked_total", "Times that a running request gave its pages up", _JOB)
 DECODE_SECONDS = Histogram(
     "longshore_generator_decode_step_seconds",
     "One decode step of all running requests",
@@ -50,6 +51,7 @@ class EngineMetrics:
         self.running = RUNNING.labels(*labels)
         self.waiting = WAITING.labels(*labels)
         self.version = VERSION.labels(*labels)
+        self.parked = PARKED.labels(*labels)
         self.decode_seconds = DECODE_SECONDS.labels(*labels)
         self.prefill_seconds = PREFILL_SECONDS.labels(*labels)
         self._largest_gap, self._mean_gap = (CANARY_GAP.labels(*labels, over) for over in ("max", "mean"))

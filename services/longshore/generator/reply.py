@@ -28,6 +28,8 @@ class Reply:
         # Tokens that it may have yet.
         self.left = min(request.sampling.max_new_tokens, context - len(request.token_ids))
         self._stop = frozenset(request.sampling.stop_token_ids)
+        # Prompt and reply.
+        self.tokens = list(request.token_ids)
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._flush_tokens = 1 if request.watched else FLUSH_TOKENS
@@ -37,6 +39,7 @@ class Reply:
         """Takes one drawn token; the event that is due, if one is."""
         if not self._token_ids:
             self._flush_at = now + FLUSH_S
+        self.tokens.append(token)
         self._token_ids.append(token)
         self._logprobs.append(logprob)
         self.left -= 1

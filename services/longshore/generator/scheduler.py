@@ -5,7 +5,7 @@ Requests are admitted in the order in which they came, except that one that wait
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from longshore.errors import Unavailable
 from longshore.generator.engine import EngineRequest, Failure, RequestFailed, TokensDrawn
@@ -71,8 +71,23 @@ class Scheduler:
         self._end(held)
         return held[0] if held else None
 
-    def admit(self) -> list[Reply]:
-        """Gives free slots to waiting requests that a resident version may answer."""
+    def slots_under(self, version: int | None) -> set[int]:
+        """Slots of the requests that a version answers now."""
+        return {slot for slot, reply in self._running.items() if reply.version == version}
+
+    def slots_by_admission(self) -> list[int]:
+        """Slots in use, of the request admitted first to the one admitted last."""
+        return list(self._running)
+
+    def reply(self, slot: int) -> Reply:
+        return self._running[slot]
+
+    def admit(self, has_room: Callable[[Reply], bool] = lambda reply: True) -> list[Reply]:
+        """Gives free slots to waiting requests that a resident version may answer.
+
+        Args:
+            has_room: takes what else a request needs; where it says no, that one and those behind it go on waiting.
+        """
         if self.version is None:
             return []
         admitted: list[Reply] = []
@@ -83,8 +98,10 @@ class Scheduler:
             version = self._place(request)
             if version is not None and not (self._is_draining and not self._holds_swap(request)):
                 tokens += len(request.token_ids)
-                slot = self._free[-1 - len(admitted)]
-                admitted.append(Reply(request, slot, version, self._context))
+                reply = Reply(request, self._free[-1 - len(admitted)], version, self._context)
+                if not has_room(reply):
+                    break
+                admitted.append(reply)
         for reply in admitted:
             self._free.pop()
             del self._waiting[reply.request.request_id]

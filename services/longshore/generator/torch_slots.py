@@ -1,12 +1,18 @@
-"""The engine for small Llama models: a slot decoder, a scheduler, and the thread that turns them.
+"""The engine for small models of the Llama family: a paged decoder, a scheduler, and the thread that turns them.
 
 Each turn of the loop: take what came in, end what is late, swap if nothing holds the swap, prefill the admitted, draw
 one token for every slot, and emit the events of all that in one call. Everything but `_inbox`, `_live` and the
 staged weights belongs to the thread.
+
+Requests are admitted while there are pages for their prompts; nothing is reserved for what they will draw. When the
+pages run out under them, the one admitted last is *parked*: it keeps its slot, gives its pages back, and is computed
+again, tokens drawn and all, when there are pages, before anybody new is admitted. A swap that recomputes caches parks
+everyone: then the new weights compute them, some of them between two decode steps, as prompts are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -19,7 +25,9 @@ import torch
 
 import longshore
 from longshore.errors import ConfigError, Unavailable
-from longshore.generator import llama_forward
+from longshore.generator import llama_forward, scheduler
+from longshore.generator.attention import native
+from longshore.generator.attention.cache import page_bytes
 from longshore.generator.canary import Proof
 from longshore.generator.engine import (
     Emit,
@@ -34,8 +42,10 @@ from longshore.generator.engine import (
 from longshore.generator.llama_config import LlamaShape
 from longshore.generator.llama_weights import LlamaWeights, build_weights
 from longshore.generator.metrics import EngineMetrics
+from longshore.generator.paged_decoder import PagedDecoder
+from longshore.generator.pages import PAGE
+from longshore.generator.reply import Reply
 from longshore.generator.scheduler import Scheduler
-from longshore.generator.slot_decoder import SlotDecoder, cache_bytes_per_token
 from longshore.types import EngineFingerprint
 
 # Deadlines are kept to within this, in seconds.
@@ -57,6 +67,9 @@ class SlotOptions:
     seed: int
     # Versions that may be in memory at a time, the served one among them.
     residents: int = 1
+    # What becomes of running requests at a swap: see Scheduler.
+    drain: bool = False
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,21 +79,27 @@ class _Staged:
 
 
 class TorchSlotsEngine:
-    """See engine.Engine. The context is the model's, or as much of it as `cache_bytes` gives every slot."""
+    """See engine.Engine. The context is the model's, or as much of it as there is room for in `cache_bytes`."""
 
     def __init__(self, shape: LlamaShape, options: SlotOptions, emit: Emit, metrics: EngineMetrics) -> None:
         """Starts the thread. Raises ConfigError when the cache is too small to decode in."""
-        context = _context(shape, options)
+        pages, context = _room(shape, options)
         self.shape = shape
         self.limits = EngineLimits(shape.vocab_size, context, options.slots, options.max_waiting)
         self.fingerprint = EngineFingerprint("torch-slots", longshore.__version__, "float32", f"cpu-{shape.digest}")
         self.ended: Future[None] = Future()
         self._emit = emit
         self._metrics = metrics
-        self._decoder = SlotDecoder(shape, options.slots, context, options.seed)
-        self._scheduler = Scheduler(options.slots, context, options.residents)
-        # Weights of the versions that are resident beside the served one.
-        self._beside: dict[int, LlamaWeights] = {}
+        self._decoder = PagedDecoder(shape, options.slots, context, pages, options.seed, native.load())
+        self._recompute = options.recompute
+        self._scheduler = Scheduler(
+            options.slots, context, options.residents, drain=options.drain, recompute=options.recompute
+        )
+        # Weights of the resident versions.
+        self._weights: dict[int, LlamaWeights] = {}
+        # Slots whose requests run and are not in the decoder; see above.
+        self._parked: set[int] = set()
+        self._served: LlamaWeights | None = None
         self._staged: _Staged | None = None
         self._next: _Staged | None = None
         self._swap_done: Future[None] = Future()
@@ -115,7 +134,8 @@ class TorchSlotsEngine:
                 self._post(partial(self._drop, request_id))
 
     def stage(self, version: int, tensors: Mapping[str, torch.Tensor], proof: Proof) -> None:
-        like = self._staged.weights if self._staged else self._decoder.weights
+        # Written by the thread: a snapshot will do.
+        like = self._staged.weights if self._staged else self._served
         self._staged = None
         weights = build_weights(self.shape, tensors, like)
         proof.check(self.shape.vocab_size)
@@ -164,6 +184,7 @@ class TorchSlotsEngine:
                 pass
         except BaseException as caught:  # noqa: BLE001 - a thread's end: `ended` carries it to whoever ends the process
             error = caught
+        self._decoder.close()
         with self._wake:
             self._closing = True
             self._inbox.clear()
@@ -185,7 +206,7 @@ class TorchSlotsEngine:
         self._sweep()
         self._try_swap()
         self._prefill()
-        if self._scheduler.num_running:
+        if self._decoder.filled:
             self._decode()
         self._let_go()
         self._report()
@@ -212,7 +233,7 @@ class TorchSlotsEngine:
     def _drop(self, request_id: str) -> None:
         slot = self._scheduler.drop(request_id)
         if slot is not None:
-            self._decoder.release([slot])
+            self._release([slot])
         self._forget([request_id])
 
     def _sweep(self) -> None:
@@ -222,8 +243,12 @@ class TorchSlotsEngine:
         self._next_sweep = now + SWEEP_S
         failures, slots = self._scheduler.expire(now)
         self._events += failures
-        if slots:
-            self._decoder.release(slots)
+        self._release(slots)
+
+    def _release(self, slots: Iterable[int]) -> None:
+        held = set(slots)
+        self._decoder.release(held - self._parked)
+        self._parked -= held
 
     def _let_go(self) -> None:
         """Frees the versions that no request needs any more; before the loop may sleep."""
@@ -231,7 +256,7 @@ class TorchSlotsEngine:
             # What has just come in may need one.
             gone = [] if self._inbox else self._scheduler.forget_unused()
         for version in gone:
-            del self._beside[version]
+            del self._weights[version]
 
     def _begin_swap(self, staged: _Staged) -> None:
         self._next = staged
@@ -241,14 +266,17 @@ class TorchSlotsEngine:
         if self._next is None or self._scheduler.swap_is_held:
             return
         staged, self._next = self._next, None
-        old = self._scheduler.version
+        under_old = self._scheduler.slots_under(self._scheduler.version)
         events, failures, staying = self._scheduler.swapped()
         self._events += [*events, *failures]
-        self._beside = {held: self._beside[held] for held in self._scheduler.beside if held != old}
-        if old in self._scheduler.beside and self._decoder.weights is not None:
-            self._beside[old] = self._decoder.weights
-            self._decoder.stay(staying)
-        self._decoder.weights = staged.weights
+        moving = under_old - set(staying) - self._parked
+        self._weights[staged.version] = self._served = staged.weights
+        if self._recompute:
+            self._park(moving)
+        else:
+            self._decoder.move(moving, staged.weights)
+        resident = {staged.version, *self._scheduler.beside}
+        self._weights = {version: weights for version, weights in self._weights.items() if version in resident}
         self._metrics.version.set(staged.version)
         # Whoever waits for the swap may ask for the status at once.
         self._set_status()
@@ -261,27 +289,52 @@ class TorchSlotsEngine:
             done.set_exception(error)
             return
         if gone is not None:
-            del self._beside[gone]
+            del self._weights[gone]
         if staged.version in self._scheduler.beside:
-            self._beside[staged.version] = staged.weights
+            self._weights[staged.version] = staged.weights
         self._set_status()
         done.set_result(None)
 
+    def _park(self, slots: Iterable[int]) -> None:
+        parked = set(slots)
+        self._decoder.release(parked)
+        self._parked |= parked
+
     def _prefill(self) -> None:
-        admitted = self._scheduler.admit()
-        if not admitted:
-            return
-        with self._metrics.prefill_seconds.time():
-            for version in {reply.version for reply in admitted}:
-                replies = [reply for reply in admitted if reply.version == version]
-                self._decoder.prefill(
-                    [reply.slot for reply in replies],
-                    [reply.request.token_ids for reply in replies],
-                    [reply.request.sampling.temperature for reply in replies],
-                    None if version == self._scheduler.version else self._beside[version],
-                )
+        with self._metrics.prefill_seconds.time() if self._parked else contextlib.nullcontext():
+            self._unpark()
+        # Who waits for pages has come before.
+        admitted = [] if self._parked else self._scheduler.admit(self._reserve)
+        if admitted:
+            with self._metrics.prefill_seconds.time():
+                self._decoder.prefill()
+
+    def _unpark(self) -> None:
+        """Computes parked requests again, those admitted first before others, as many as there is room for."""
+        tokens = 0
+        for slot in self._scheduler.slots_by_admission() if self._parked else ():
+            if slot not in self._parked:
+                continue
+            reply = self._scheduler.reply(slot)
+            tokens += len(reply.tokens)
+            if (self._decoder.filled and tokens > scheduler.PREFILL_TOKENS) or not self._reserve(reply):
+                break
+            self._parked.remove(slot)
+            event = reply.restarted()
+            if event is not None:
+                self._events.append(event)
+        self._decoder.prefill()
+
+    def _reserve(self, reply: Reply) -> bool:
+        """Whether the decoder has taken a request that has its slot and version."""
+        heat = reply.request.sampling.temperature
+        return self._decoder.reserve(reply.slot, reply.tokens, heat, self._weights[reply.version])
 
     def _decode(self) -> None:
+        while self._decoder.is_short():
+            running = (slot for slot in reversed(self._scheduler.slots_by_admission()) if slot not in self._parked)
+            self._park([next(running)])
+            self._metrics.parked.inc()
         with self._metrics.decode_seconds.time():
             step = self._decoder.decode()
         now = time.monotonic()
@@ -292,8 +345,7 @@ class TorchSlotsEngine:
                 self._events.append(event)
                 if event.finish is not None:
                     ended.append(slot)
-        if ended:
-            self._decoder.release(ended)
+        self._release(ended)
         self._metrics.tokens.inc(len(step.slots))
 
     def _report(self) -> None:
@@ -311,7 +363,7 @@ class TorchSlotsEngine:
         running, waiting = self._scheduler.num_running, self._scheduler.num_waiting
         self._metrics.running.set(running)
         self._metrics.waiting.set(waiting)
-        used = self._decoder.num_cached / (self.limits.slots * self.limits.context)
+        used = self._decoder.pages.held / self._decoder.pages.count
         self._status = EngineStatus(self._scheduler.version, running, waiting, used, tuple(self._scheduler.beside))
 
     def _forget(self, request_ids: Iterable[str]) -> None:
@@ -319,12 +371,12 @@ class TorchSlotsEngine:
             self._live.difference_update(request_ids)
 
 
-def _context(shape: LlamaShape, options: SlotOptions) -> int:
-    fits = options.cache_bytes // (options.slots * cache_bytes_per_token(shape))
-    context = min(fits, shape.max_position_embeddings)
+def _room(shape: LlamaShape, options: SlotOptions) -> tuple[int, int]:
+    """Pages of the cache, and the context: no longer than the pages hold, so that a request alone always has room."""
+    fits = options.cache_bytes // page_bytes(shape)
+    context = min(fits * PAGE, shape.max_position_embeddings)
     if context < min(MIN_CONTEXT, shape.max_position_embeddings):
         raise ConfigError(
-            f"a KV cache of {options.cache_bytes} bytes gives each of {options.slots} slots only {fits} tokens: raise "
-            "LONGSHORE_CACHE_MB or lower resources.generator_slots"
+            f"a KV cache of {options.cache_bytes} bytes has room for {fits * PAGE} tokens: raise LONGSHORE_CACHE_MB"
         )
-    return context
+    return min(fits, options.slots * -(-context // PAGE)), context

@@ -1,4 +1,4 @@
-"""The wheel: with the kernel where there is a compiler, and without it where there is none."""
+"""The wheel: with the kernels where there is a compiler, and without it where there is none."""
 
 import os
 import shutil
@@ -20,10 +20,11 @@ ROOT = Path(hatch_build.__file__).parent
 
 @pytest.fixture
 def tree(tmp_path):
-    """The project, as much of it as a wheel of the codec needs."""
+    """The project, as much of it as a wheel of the kernels needs."""
     for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / hatch_build.CODEC, tmp_path / hatch_build.CODEC, ignore=shutil.ignore_patterns("*.so"))
+    for folder in hatch_build.KERNELS:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so"))
     return tmp_path
 
 
@@ -34,16 +35,17 @@ def wheel(tree, compiler):
     subprocess.run(argv, cwd=tree, env=environment, check=True, capture_output=True, timeout=200)
     (made,) = (tree / "dist").iterdir()
     with zipfile.ZipFile(made) as archive:
-        return made.name, {Path(name).name for name in archive.namelist() if name.endswith(".so")}
+        return made.name, {name for name in archive.namelist() if name.endswith(".so")}
 
 
-def test_a_wheel_has_the_kernel(tree):
+def test_a_wheel_has_the_kernels(tree):
     if shutil.which("cc") is None:
         pytest.skip("no C compiler")
     name, libraries = wheel(tree, "cc")
     assert "-py3-none-" in name
     assert not name.endswith("-any.whl")
-    assert native.LIBRARIES[0] in libraries
+    packages = [folder.relative_to("services") for folder in hatch_build.KERNELS]
+    assert {str(package / native.LIBRARIES[0]) for package in packages} <= libraries
 
 
 def test_without_a_compiler_the_wheel_is_built_all_the_same(tree):

@@ -1,18 +1,19 @@
-"""Reading config.json and weights, and the decoder against `transformers`."""
+"""Reading config.json and weights, and scoring against `transformers`."""
 
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
-from tiny_llama import VOCABULARY, config_json, named_tensors, published, reference_logprobs, tiny_model
+from tiny_family import LLAMA3, MEMBERS, member
+from tiny_llama import config_json, named_tensors, published, reference_logprobs, tiny_model
 
 from longshore.errors import ConfigError, IntegrityError
 from longshore.generator import llama_forward
 from longshore.generator.llama_config import read_config
 from longshore.generator.llama_weights import TorchViews, build_weights
-from longshore.generator.slot_decoder import SlotDecoder
 from longshore.weights.client import Tensor
 
 
@@ -38,10 +39,24 @@ def test_reads_older_checkpoints() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "LlamaForCausalLM alone.*Qwen2ForCausalLM"),
-        ({"architectures": None, "model_type": "gpt2"}, "LlamaForCausalLM alone.*gpt2"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope type 'llama3'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
+        (
+            {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"},
+            "decodes LlamaForCausalLM, .*this model is GemmaForCausalLM: set generator.engine to vllm",
+        ),
+        ({"architectures": None, "model_type": "gpt2"}, "this model is gpt2"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}},
+            "rope type 'yarn' .*set generator.engine to vllm",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "'llama3' without positive factor, low_freq"),
+        ({"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor 4.0 that is not below"),
+        ({"rope_parameters": {**LLAMA3, "factor": math.nan}}, "without positive"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 0}},
+            "'linear' without positive factor",
+        ),
+        ({"sliding_window": 16}, "sliding_window 16"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layers of sliding_attention"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"num_key_value_heads": 3}, "kv heads"),
@@ -108,94 +123,6 @@ def test_weights_do_not_change_with_the_tensors_they_were_made_from() -> None:
     assert llama_forward.score(shape, weights, (1, 2, 3)) == before
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("tie", [True, False])
-def test_decoder_matches_transformers(kv_heads: int, tie: bool) -> None:
-    """Ragged prompts, a temperature a slot, slots released and filled again in mid flight."""
-    model = tiny_model(0, kv_heads=kv_heads, tie=tie)
-    shape = read_config(config_json(model))
-    decoder = SlotDecoder(shape, num_slots=6, max_len=32, seed=1)
-    decoder.weights = build_weights(shape, named_tensors(model))
-    random = torch.Generator().manual_seed(2)
-    todo = [
-        tuple(torch.randint(0, VOCABULARY, (length,), generator=random).tolist())
-        for length in (1, 5, 9, 3, 3, 7, 2, 8, 4)
-    ]
-    # Equal prompts share one prefill.
-    todo.insert(3, todo[2])
-    live: dict[int, tuple[tuple[int, ...], float, list[int], list[float]]] = {}
-    done, free = [], list(range(6))
-    while todo or live:
-        slots = [free.pop() for _ in range(min(len(free), len(todo)))]
-        if slots:
-            prompts, heat = [todo.pop(0) for _ in slots], [(1.0, 0.7, 1.5)[slot % 3] for slot in slots]
-            decoder.prefill(slots, prompts, heat)
-            live |= {slot: (prompt, at, [], []) for slot, prompt, at in zip(slots, prompts, heat, strict=True)}
-        step = decoder.decode()
-        for slot, token, logprob in zip(step.slots, step.tokens, step.logprobs, strict=True):
-            live[slot][2].append(token)
-            live[slot][3].append(logprob)
-            if len(live[slot][2]) >= 4 + slot:
-                done.append(live.pop(slot))
-                decoder.release([slot])
-                free.append(slot)
-    assert len(done) == 10
-    for prompt, heat_of, reply, logprobs in done:
-        expected = reference_logprobs(model, prompt, reply, heat_of)
-        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=0)
-
-
-def test_a_prompt_seen_before_is_copied_and_gives_the_same() -> None:
-    model = tiny_model(0)
-    shape = read_config(config_json(model))
-    decoder = SlotDecoder(shape, num_slots=4, max_len=32, seed=1)
-    decoder.weights = build_weights(shape, named_tensors(model))
-    prompts = [(1, 2, 3, 4), (5, 6), (1, 2, 3, 9), (5, 6)]
-    drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
-
-    def decode(count: int) -> None:
-        for _ in range(count):
-            step = decoder.decode()
-            for slot, token, logprob in zip(step.slots, step.tokens, step.logprobs, strict=True):
-                drawn[slot][0].append(token)
-                drawn[slot][1].append(logprob)
-
-    # Slot 2 copies from a running slot, slot 3 from one that has been released.
-    decoder.prefill([0, 1], prompts[:2], [1.0, 1.0])
-    decode(3)
-    decoder.release([1])
-    decoder.prefill([2, 3], prompts[2:], [1.0, 1.0])
-    decode(4)
-    for prompt, (tokens, logprobs) in zip(prompts, drawn, strict=True):
-        expected = reference_logprobs(model, prompt, tokens)
-        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=0)
-
-
-def test_new_weights_see_nothing_of_prompts_computed_by_old_ones() -> None:
-    old, new = tiny_model(0), tiny_model(1)
-    shape = read_config(config_json(old))
-    decoder = SlotDecoder(shape, num_slots=2, max_len=32, seed=1)
-    decoder.weights = build_weights(shape, named_tensors(old))
-    decoder.prefill([0], [(1, 2, 3, 4)], [1.0])
-    decoder.weights = build_weights(shape, named_tensors(new))
-    decoder.prefill([1], [(1, 2, 3, 4)], [1.0])
-    step = decoder.decode()
-    expected = reference_logprobs(new, (1, 2, 3, 4), step.tokens[1:])
-    torch.testing.assert_close(torch.tensor(step.logprobs[1:]), expected, atol=1e-4, rtol=0)
-
-
-def test_equal_seeds_draw_equal_tokens() -> None:
-    model = tiny_model(0)
-    shape = read_config(config_json(model))
-    drawn = []
-    for seed in (1, 1, 2):
-        decoder = SlotDecoder(shape, num_slots=4, max_len=32, seed=seed)
-        decoder.weights = build_weights(shape, named_tensors(model))
-        decoder.prefill([0, 1, 2, 3], [(1, 2)] * 4, [1.0] * 4)
-        drawn.append([decoder.decode().tokens for _ in range(8)])
-    assert drawn[0] == drawn[1] != drawn[2]
-
-
 def test_matrices_are_used_again_where_nothing_changed() -> None:
     """Also a matrix of several tensors, which is made anew when one of them has changed."""
     model, other = tiny_model(0), tiny_model(1)
@@ -217,3 +144,25 @@ def test_matrices_are_used_again_where_nothing_changed() -> None:
     copied = build_weights(shape, TorchViews().of(first), before)
     assert copied.embedding is not before.embedding
     assert torch.equal(copied.embedding, before.embedding)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_scores_are_those_of_transformers(name: str) -> None:
+    model = member(name)
+    shape = read_config(config_json(model))
+    tokens = tuple((3 * number + number**2) % 40 for number in range(40))
+    scored = torch.tensor(llama_forward.score(shape, build_weights(shape, named_tensors(model)), tokens))
+    torch.testing.assert_close(scored, reference_logprobs(model, tokens[:1], tokens[1:]), atol=1e-4, rtol=0)
+
+
+def test_a_config_may_leave_out_what_its_architecture_says() -> None:
+    absent = {"head_dim": "absent", "num_key_value_heads": "absent", "max_position_embeddings": "absent"}
+    sizes = {"hidden_size": 64, "num_attention_heads": 32, "sliding_window": None}
+    shape = read_config(config(architectures=["Qwen3ForCausalLM"], **absent, **sizes))
+    assert (shape.head_dim, shape.num_kv_heads, shape.max_position_embeddings) == (128, 32, 32768)
+    shape = read_config(config(architectures=["MistralForCausalLM"], **absent, **sizes))
+    assert (shape.head_dim, shape.num_kv_heads, shape.max_position_embeddings) == (2, 8, 131072)
+    # On in Mistral's own configs, off in Qwen's, which name a window all the same.
+    with pytest.raises(ConfigError, match="sliding_window 16"):
+        read_config(config(architectures=["MistralForCausalLM"], sliding_window=16))
+    read_config(config(architectures=["Qwen2ForCausalLM"], sliding_window=16, use_sliding_window=False))

@@ -1,0 +1,1 @@
+"""Attention over a paged cache: a C kernel where it was built, plain torch where not."""
