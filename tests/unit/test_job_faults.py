@@ -55,7 +55,6 @@ def test_the_good_one_has_none() -> None:
         ({"train": {"steps": 3, "warmup_steps": 4}}, "train.warmup_steps: must not exceed train.steps 3"),
         ({"generator": {"engine": "trt"}}, "generator.engine: Input should be 'torch' or 'vllm'"),
         ({"generator": {"dtype": "bfloat16"}}, "generator.dtype: must be float32 with engine torch"),
-        ({"generator": {"update": "drain"}}, "generator.update: must be keep with engine torch"),
         ({"generator": {"tensor_parallel": 2}}, "generator.tensor_parallel: must be 1 with engine torch"),
         (
             {"generator": {"engine": "vllm"}, "sampling": {"temperature": 2.5}},
