@@ -33,7 +33,11 @@ Code = grpc.StatusCode
 class Store:
     """A job's weight store and its learner's part: a key, and models to publish."""
 
-    def __init__(self, folder: Path, weights: str) -> None:
+    def __init__(self, folder: Path, weights: str, **parts: object) -> None:
+        """
+        Args:
+            parts: of the JobSpec.
+        """
         self.folder = folder
         self.weights = weights
         self.job = JobRef("default", f"job-{uuid.uuid4().hex[:8]}")
@@ -45,6 +49,7 @@ class Store:
             "verifier": {"name": "exact-match"},
             "train": {"steps": 1},
             "resources": {"generator_slots": SLOTS},
+            **parts,
         }
         job_file = JobFile.model_validate(
             {"project": "default", "job": self.job.job, "spec": spec, "learner_public_key": self.key.public_key.hex()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import Sequence
 
 from redis.asyncio import Redis
@@ -29,7 +30,7 @@ from longshore.gateway.units import Units
 from longshore.gateway.version_routes import Rotate
 from longshore.gateway.versions import Versions
 from longshore.launcher.broker_server import site_brokers
-from longshore.launcher.connect import connect_launcher
+from longshore.launcher.connect import WORKERS, connect_launcher
 from longshore.launcher.interpreter import generator_python
 from longshore.launcher.plan import Endpoints, JobPaths, plan_job
 from longshore.launcher.spec import ProcessSpec
@@ -119,7 +120,8 @@ def _parts(
     async def prepare_job(job: Job) -> Sequence[ProcessSpec]:
         paths = _paths(settings, job.id)
         file = await asyncio.to_thread(prepare, job, paths)
-        python = generator_python(file.spec)
+        # A worker runs what it was made with: its image has vLLM, or has not.
+        python = sys.executable if settings.supervisor.startswith(WORKERS) else generator_python(file.spec)
         weights = WeightsClient(settings.weights, file.ref, bytes.fromhex(file.learner_public_key))
         try:
             await weights.register_key(file.spec.weights.keep)

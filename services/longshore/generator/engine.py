@@ -82,6 +82,8 @@ class Failure(enum.Enum):
 
     VERSION = "version"
     DEADLINE = "deadline"
+    # Fit for engines of its kind, and not for this one.
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True)

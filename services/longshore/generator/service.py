@@ -50,6 +50,7 @@ MAX_REQUEST_BYTES = 16 * 1024 * 1024
 _CODES = {
     Failure.VERSION: grpc.StatusCode.FAILED_PRECONDITION,
     Failure.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Failure.REFUSED: grpc.StatusCode.INVALID_ARGUMENT,
 }
 _Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -76,6 +76,8 @@ def of_failure(failed: RequestFailed) -> ApiError:
     """Why the engine did not finish a reply."""
     if failed.failure is Failure.DEADLINE:
         return ApiError(504, failed.message, kind="server_error", code="timeout", headers=_NO_RETRY)
+    if failed.failure is Failure.REFUSED:
+        return ApiError(400, failed.message)
     return ApiError(404, failed.message, code="version_not_found")
 
 

@@ -33,6 +33,7 @@ from longshore.generator.engine import (
     EngineLimits,
     EngineRequest,
     EngineStatus,
+    Failure,
     QueueFull,
     RequestFailed,
     check_request,
@@ -250,8 +251,13 @@ class VllmEngine:
         return run
 
     async def _read(self, run: _Run) -> None:
-        async for part in run.draw.parts():
-            self._take(run, part)
+        try:
+            async for part in run.draw.parts():
+                self._take(run, part)
+        except Rejected as error:
+            request_id = run.reply.request.request_id
+            self._events.append(RequestFailed(request_id, Failure.REFUSED, str(error)))
+            self._drop(request_id)
 
     def _take(self, run: _Run, part: Part) -> None:
         now = time.monotonic()

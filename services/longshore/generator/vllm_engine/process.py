@@ -10,8 +10,6 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import vllm
-from vllm import SamplingParams
 from vllm.config import VllmConfig, WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -23,20 +21,18 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from longshore.errors import ConfigError, IntegrityError, Unavailable
+import vllm
+from longshore.errors import ConfigError, IntegrityError, Rejected, Unavailable
 from longshore.generator.vllm_engine.options import BACKEND, VllmOptions
 from longshore.generator.vllm_engine.segment import Segment
 from longshore.types import Sampling
+from vllm import SamplingParams
 
 DEAD = "vLLM's engine process has died; its own message is above in this log"
 # Canaries that may run beside a full batch.
 SPARE_SEQUENCES = 2
 # A canary before every other request.
 _FIRST, _NEXT = -1, 0
-
-
-class Refused(Exception):
-    """vLLM takes no such request."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +49,12 @@ class Part:
 class Draw:
     """One request in vLLM. Use: `async for part in draw.parts()`, and `end` where that is not read to its end."""
 
-    def __init__(self, engine: AsyncLLM, request_id: str, prompt: Any, params: SamplingParams) -> None:
+    def __init__(self, engine: AsyncLLM, request_id: str, prompt: Any, sampling: dict[str, Any]) -> None:
         self._engine = engine
         # vLLM's own record of the request: it knows the load that drew each token before the reply is finished.
         self._state: Any = None
         self._read = 0
-        self._adding = asyncio.ensure_future(self._add(request_id, prompt, params))
+        self._adding = asyncio.ensure_future(self._add(request_id, prompt, sampling))
         self._adding.add_done_callback(_retrieve)
 
     def is_behind(self, label: str) -> bool:
@@ -72,7 +68,7 @@ class Draw:
         """Until the reply is finished.
 
         Raises:
-            Refused: vLLM takes no such request.
+            Rejected: vLLM takes no such request.
             Unavailable: the engine has died.
         """
         try:
@@ -86,7 +82,7 @@ class Draw:
         except EngineDeadError:
             raise Unavailable(DEAD) from None
         except (VLLMClientError, ValueError) as error:
-            raise Refused(str(error)) from None
+            raise Rejected("vllm", str(error)) from None
 
     async def end(self) -> None:
         """Takes the request out of vLLM, if it is in there."""
@@ -96,7 +92,8 @@ class Draw:
             return
         await self._engine.abort(queue.request_id, internal=True)
 
-    async def _add(self, request_id: str, prompt: Any, params: SamplingParams) -> RequestOutputCollector:
+    async def _add(self, request_id: str, prompt: Any, sampling: dict[str, Any]) -> RequestOutputCollector:
+        params = SamplingParams(output_kind=RequestOutputKind.DELTA, skip_clone=True, **sampling)
         queue = await self._engine.add_request(request_id, prompt, params, priority=_NEXT)
         self._state = self._engine.output_processor.request_states.get(queue.request_id)
         return queue
@@ -154,20 +151,18 @@ class VllmProcess:
 
     def draw(self, request_id: str, token_ids: Sequence[int], sampling: Sampling, most: int, salt: str) -> Draw:
         """Begins to draw at most `most` tokens; prefixes are shared with requests of the same salt alone."""
-        params = SamplingParams(
-            temperature=sampling.temperature,
-            max_tokens=most,
-            stop_token_ids=list(sampling.stop_token_ids),
+        parameters = {
+            "temperature": sampling.temperature,
+            "max_tokens": most,
+            "stop_token_ids": list(sampling.stop_token_ids),
             # Of the drawn token alone.
-            logprobs=0,
-            detokenize=False,
+            "logprobs": 0,
+            "detokenize": False,
             # The request's stop tokens say when to stop, not the model's files.
-            ignore_eos=True,
-            output_kind=RequestOutputKind.DELTA,
-            skip_clone=True,
-        )
+            "ignore_eos": True,
+        }
         prompt = {"prompt_token_ids": list(token_ids), "cache_salt": salt}
-        return Draw(self._engine, request_id, prompt, params)
+        return Draw(self._engine, request_id, prompt, parameters)
 
     async def score(self, name: str, token_ids: Sequence[int]) -> list[float]:
         """Log-probs of each token after the first that the context has room for, under the loaded weights.
