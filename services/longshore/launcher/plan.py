@@ -51,8 +51,8 @@ class JobPaths:
 
     @property
     def openai_keys_file(self) -> Path:
-        """Names and digests of the keys that the generators let in."""
-        return self.signing_key_file.parent / "openai.keys"
+        """Names and digests of the keys that the generators let in; they see nothing of the state directory."""
+        return self.run_dir / "openai.keys"
 
     def openai_url_file(self, generator: str) -> Path:
         return self.run_dir / f"openai-{generator}.url"

@@ -57,7 +57,7 @@ def test_each_process_is_told_what_the_architecture_says() -> None:
     }
     # Each generator has an address of its own, and knows digests of keys alone.
     assert plan["generator-0"].env["LONGSHORE_OPENAI_LISTEN"] == "127.0.0.1:${PORT:generator-0.openai}"
-    assert plan["generator-0"].env["LONGSHORE_OPENAI_KEYS_FILE"] == "/state/jobs/j-1/openai.keys"
+    assert plan["generator-0"].env["LONGSHORE_OPENAI_KEYS_FILE"] == "/runs/j-1/openai.keys"
     assert plan["generator-0"].env["LONGSHORE_OPENAI_URL_FILE"] == "/runs/j-1/openai-generator-0.url"
     # The signing key is the learner's alone.
     assert not any("SIGNING_KEY_FILE" in told[name] for name in told if name != "learner")
