@@ -41,7 +41,7 @@ vllm: $(VLLM)/.ready ## vLLM for CPUs in an environment of its own, which jobs w
 
 # In one process: the tests share one vLLM, whose start takes most of a minute.
 test-vllm: $(VLLM)/.ready ## the engines' contract over vLLM, and what Longshore leans on in vLLM
-	$(VLLM)/bin/python -m pytest -m vllm tests/contract/test_engines.py tests/vllm
+	$(VLLM)/bin/python -m pytest -m vllm tests/contract/test_engines.py tests/vllm_engine
 
 demo: $(VENV)/.local ## install, then train a small model on this machine until its reward has risen
 	$(BIN)/longshore run examples/first-light.yaml

@@ -1,6 +1,6 @@
 """vLLM's front end on an event loop: the one file of the generator's process that imports vllm.
 
-Written against vllm 0.32; what is leaned on beyond its public interface is listed in tests/vllm/test_vllm_contract.py.
+Written against vllm 0.32; what is leaned on beyond its public interface is listed in tests/vllm_engine/test_vllm_contract.py.
 """
 
 from __future__ import annotations
