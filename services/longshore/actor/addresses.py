@@ -17,6 +17,7 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import structlog
 
@@ -116,7 +117,8 @@ class AddressBook:
         return [Address(_target(ip, port), host) for ip in self._known.get(host, ())]
 
     def _read_file(self, entry: str) -> list[str]:
-        path = Path(entry.removeprefix("file:").removeprefix("//"))
+        # A URL's path: a comma in it is written %2C.
+        path = Path(unquote(entry.removeprefix("file:").removeprefix("//")))
         try:
             with path.open(encoding="utf-8") as file:
                 lines = file.read(_MAX_FILE_BYTES).splitlines()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 # placed later, where there is room by then.
 _WAITING_SHARE = 1 / 8
 # Above these shares of its cache a generator is close to throwing out what it will have to compute again: the higher
-# one for any request that waits, the lower one when more wait than should.
+# one for any request that waits although there are places, the lower one when more wait than should.
 _KV_FULL, _KV_HIGH = 0.95, 0.85
 # A generator whose places are taken to this share is busy; what waits at an idle one waits for a version.
 _BUSY_SHARE = 0.9
@@ -36,11 +36,10 @@ class Report:
     @property
     def is_pressed(self) -> bool:
         """Whether fewer requests would be better."""
-        if not self.waiting:
-            return False
-        if self.kv_used_ratio > _KV_FULL:
+        places_are_taken = self.running >= _BUSY_SHARE * self.max_running
+        if self.waiting and self.kv_used_ratio > _KV_FULL and not places_are_taken:
             return True
-        busy = self.running >= _BUSY_SHARE * self.max_running or self.kv_used_ratio > _KV_HIGH
+        busy = places_are_taken or self.kv_used_ratio > _KV_HIGH
         return busy and self.waiting > math.ceil(_WAITING_SHARE * self.max_running)
 
 

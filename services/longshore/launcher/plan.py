@@ -172,7 +172,7 @@ def _rollout_makers(job: JobFile, endpoints: Endpoints, paths: JobPaths, site: s
         **shared,
         "LONGSHORE_BROKER_URL": endpoints.broker_url,
         "LONGSHORE_BLOBS_URL": paths.blobs_url(site),
-        "LONGSHORE_GENERATOR": ",".join([*map(_grpc, generators), f"file:{paths.generators_file(site)}"]),
+        "LONGSHORE_GENERATOR": ",".join([*map(_grpc, generators), paths.generators_file(site).as_uri()]),
         "LONGSHORE_VERIFIER": _grpc(f"{prefix}verifier-0"),
     }
     verifiers = [f"{prefix}verifier-{index}" for index in range(resources.verifiers)]

@@ -68,8 +68,8 @@ async def test_a_name_server_that_is_away_takes_nothing_away() -> None:
 
 
 async def test_a_file_is_read_anew_and_bad_lines_hurt_nobody(tmp_path: Path) -> None:
-    path = tmp_path / "generators"
-    book = AddressBook([f"file:{path}", "127.0.0.1:1"], Names())
+    path = tmp_path / "generators, mine"
+    book = AddressBook(parse_entries(f"{path.as_uri()},127.0.0.1:1"), Names())
     assert await book.read() == [Address("127.0.0.1:1")]
     path.write_text("# mine\n127.0.0.1:2  # the second\n\nnonsense\nfile:/etc/passwd\n127.0.0.1:1\n")
     assert await book.read() == [Address("127.0.0.1:1"), Address("127.0.0.1:2")]

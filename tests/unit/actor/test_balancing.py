@@ -167,6 +167,8 @@ def test_no_more_are_sent_than_it_takes() -> None:
         # A full cache with nobody waiting is one that is well used.
         (Report(16, 0, 16, 0.99), False),
         (Report(9, 1, 16, 0.96), True),
+        # It is its places that are used up, and one is ready for the next.
+        (Report(16, 1, 16, 1.0), False),
         (Report(9, 3, 16, 0.9), True),
     ],
 )
@@ -209,7 +211,7 @@ def test_actors_that_share_a_generator_come_to_equal_shares_of_it() -> None:
     for _ in range(400):
         out = [limit.value for limit in limits]
         total = sum(out)
-        report = Report(min(slots, total), max(0, total - slots), slots, min(1.0, total / slots))
+        report = Report(min(slots, total), max(0, total - slots), slots, 0.5)
         waits.append(report.waiting)
         for limit, ours in zip(limits, out, strict=True):
             limit.reported(report, ours)

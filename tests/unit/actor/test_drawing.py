@@ -13,7 +13,7 @@ import pytest
 from generator_fleet import JOB, Generators
 from scripted_peers import event
 
-from longshore.actor import drawing, fleet
+from longshore.actor import drawing, fleet, pace
 from longshore.actor.drawing import MAX_FAULTS
 from longshore.actor.episode import AttemptFailed
 from longshore.errors import Rejected, Unavailable
@@ -339,3 +339,26 @@ async def test_one_that_falls_silent_loses_what_it_was_drawing(
     monkeypatch.setattr(type(two.peers[0].generator), "GetStatus", silence)
     reply = await drawing_
     assert (reply.token_ids, two.moves) == ([7, 8, 1], ["silent"])
+
+
+async def test_a_reply_that_is_slow_where_it_is_goes_on_elsewhere(
+    two: Generators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "_LOOK_S", 0.05)
+    monkeypatch.setattr(pace, "_WINDOW_S", 0.2)
+    monkeypatch.setattr(pace, "_MIN_SAMPLES", 4)
+    two.scripts(1, (event([9], 3), event([9] * 20, 3, engine=False), event([1], 3, finish=STOP, engine=False)))
+    two.balancer.sent(two.peers[1].address, ["3.0"])
+    sampling = Sampling(1.0, 64, (1,))
+    quick = dataclasses.replace(TICKET, ref=TicketRef(JOB, 3, 0))
+    for _ in range(4):
+        await two.draw(quick, sampling)
+    two.scripts(0, (event([7], 3), 600.0))
+    two.scripts(1, rest)
+    two.balancer.sent(two.peers[0].address, ["3.1"])
+    # There must be something to spend.
+    two.mover.earned(1000)
+    reply = await two.draw(TICKET)
+    assert (reply.token_ids, two.moves, two.retries) == ([7, 8, 1], ["slow"], 0)
+    async with asyncio.timeout(20):
+        await two.peers[0].generator.cancelled.wait()

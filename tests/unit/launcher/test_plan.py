@@ -80,7 +80,7 @@ def test_actors_know_all_generators_of_their_site_and_those_that_a_person_lists_
         assert [name for name in plan if name.startswith(f"{prefix}generator-")] == names
         told = plan[f"{prefix}actor-0"].env["LONGSHORE_GENERATOR"].split(",")
         assert told[:-1] == [plan[name].env["LONGSHORE_LISTEN"] for name in names]
-        assert told[-1] == f"file:{folder or '/runs/j-1/sites/east'}/generators.txt"
+        assert told[-1] == f"file://{folder or '/runs/j-1/sites/east'}/generators.txt"
         assert parse_entries(told[-1]) == (told[-1],)
 
 
