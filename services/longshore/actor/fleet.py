@@ -64,9 +64,10 @@ class _Peer:
         self.health = health_pb2_grpc.HealthStub(self.channel)
         self.streams = 0
         self.tasks: list[asyncio.Task[None]] = []
-        # What health says, and whether it answers for our job.
+        # What health says.
         self.serving = False
         self.silences = 0
+        # Whether it was logged that it is another job's.
         self.foreign = False
 
 
@@ -210,11 +211,10 @@ class Fleet:
     def _has_not_reported(self, peer: _Peer, error: grpc.aio.AioRpcError) -> None:
         target = peer.address.target
         if error.code() is _Code.INVALID_ARGUMENT:
-            # An address that has been given to another job's generator since.
+            # An address that has been given to another job's generator since: without a report it is not used.
             if not peer.foreign:
                 log.warning("not our generator", generator=target, reason=error.details())
             peer.foreign = True
-            self._balancer.serves(target, False)
             return
         peer.silences += 1
         if peer.silences == _SILENCES:
