@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import secrets
 import signal
 import time
 import urllib.request
@@ -23,8 +24,10 @@ from longshore.launcher.child import Rules
 from longshore.launcher.plan import Endpoints, JobPaths, plan_job
 from longshore.launcher.probe import probe
 from longshore.launcher.spec import ProcessState, ProcessStatus
+from longshore.launcher.state_dir import write_private
 from longshore.launcher.supervisor import Supervisor
 from longshore.rpc.convert_rollout import rollout_from_bytes
+from longshore.rpc.key_file import digest_line
 from longshore.settings import JobFile
 from longshore.signing import SigningKey
 from longshore.types import JobRef, Message, Purpose, Rollout, Sampling, Task, Ticket, TicketRef
@@ -62,6 +65,7 @@ class Site:
         )
         paths = JobPaths(folder, folder / "no.key")
         paths.job_file.write_text(job.model_dump_json())
+        write_private(paths.openai_keys_file, digest_line("test", secrets.token_hex(32)))
         plan = plan_job(job, Endpoints(broker_url, self.weights.address), paths)
         self.specs = [item for item in plan if item.service != "learner"]
         self.supervisor = Supervisor(probe, Rules(first_backoff=0.1))
