@@ -80,7 +80,8 @@ class _Publisher(Publisher):
         self._watch = watch
         self._taken = 0
 
-    async def publish(self, policy: LlamaForCausalLM, version: int, lineage: Lineage) -> int:
+    async def publish(self, policy: LlamaForCausalLM, version: int, lineage: Lineage, *, pinned: bool = False) -> int:
+        del pinned
         write_version(self._file, version)
         self._watch.consume(self._batch)
         self._taken = version

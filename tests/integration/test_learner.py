@@ -322,11 +322,16 @@ async def test_what_is_replayed_and_evaluated_meanwhile_survives_a_kill(make_ben
         bench.learner.start()
         summary = await bench.finished()
         counts = await bench.broker_counts()
+        client = WeightsClient(bench.weights.address, bench.job, bench.key.public_key)
+        pinned = {state.name: state.version for state in await client.pointers()}["pin/evaluated"]
+        await client.close()
     # The replayed steps drew the same groups and came to the same bits: their versions were published already.
     assert summary["steps"] == summary["policy_version"] == steps
     lines = [json.loads(line) for line in (bench.run_dir / "metrics.jsonl").read_text().splitlines()]
     check_replayed(bench, steps, lines[-1])
     check_evaluated(summary["evaluations"], steps, lines)
+    # However many versions came after it, the store keeps one that is being evaluated.
+    assert pinned == summary["evaluations"][-2]["version"]
     # A ticket is closed by its first use, and each evaluation has each of its tickets once.
     evaluated = 6 * len(summary["evaluations"])
     assert summary["rollouts_accounted"]["evaluation"] == evaluated

@@ -100,7 +100,7 @@ class LearnerLoop:
         await self.evaluations.look()
         told |= self.evaluations.metrics()
         is_evaluated = self.evaluations.is_due(number)
-        await self._publish(number)
+        await self._publish(number, pinned=is_evaluated)
         # The version is on its way, so the batch counts as consumed and its places are free.
         await self.issuer.issue()
         if is_evaluated:
@@ -192,9 +192,10 @@ class LearnerLoop:
 
     # -- versions, end -----------------------------------------------------------------------------------------------
 
-    async def _publish(self, number: int) -> None:
+    async def _publish(self, number: int, *, pinned: bool) -> None:
         lineage = Lineage(number, self.parts.link.epoch, self.progress.version)
-        version = await self.parts.publisher.publish(self.parts.trainer.policy, self.progress.version + 1, lineage)
+        policy, wanted = self.parts.trainer.policy, self.progress.version + 1
+        version = await self.parts.publisher.publish(policy, wanted, lineage, pinned=pinned)
         self.progress.version = version
         self.parts.intake.newest_version = self.parts.publisher.newest
 

@@ -23,6 +23,10 @@ from longshore.weights.client import CanaryProbe, Tensor, VersionDraft, WeightsC
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# The pointer that holds a version in the store while it is evaluated, and for how long at most.
+EVALUATED = "pin/evaluated"
+PINNED_S = 24 * 3600.0
+
 
 @dataclass(frozen=True)
 class Lineage:
@@ -68,7 +72,7 @@ class Publisher:
         self._dtype = dtype
         self._canary = canary
         self._log = log
-        self._running: asyncio.Task[bool] | None = None
+        self._running: asyncio.Task[None] | None = None
         # Highest version that exists: numbers up to it are taken.
         self._taken = -1
 
@@ -84,8 +88,9 @@ class Publisher:
         """Highest version that exists or is on its way, of whichever incarnation."""
         return self._taken
 
-    async def publish(self, policy: torch.nn.Module, version: int, lineage: Lineage) -> int:
-        """Publishes the policy's present weights and returns their version.
+    async def publish(self, policy: torch.nn.Module, version: int, lineage: Lineage, *, pinned: bool = False) -> int:
+        """Publishes the policy's present weights and returns their version. One that is `pinned` stays in the store
+        until the next one is, or for a day: it will be asked for by its number.
 
         `version` is the number wanted. Where an earlier incarnation has published it already, equal weights *are*
         that version; other weights get the first free number (law 5).
@@ -109,8 +114,13 @@ class Publisher:
         await when_there_is_room(lambda: self._log.append(version, checksum), "a version's checksum")
         # Read anew each time: it may have been rotated.
         key = await asyncio.to_thread(SigningKey.load, self._key_file)
-        self._running = asyncio.create_task(self._client.publish(key, draft, tensors, self._assets))
+        self._running = asyncio.create_task(self._send(key, draft, tensors, pinned))
         return version
+
+    async def _send(self, key: SigningKey, draft: VersionDraft, tensors: list[Tensor], pinned: bool) -> None:
+        await self._client.publish(key, draft, tensors, self._assets)
+        if pinned:
+            await self._client.point(key, EVALUATED, draft.version, PINNED_S)
 
     async def wait(self) -> None:
         """Until the version before is in the store. Raises whatever its publish raised."""
