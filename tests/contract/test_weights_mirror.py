@@ -198,6 +198,21 @@ async def test_pointers_move_back_and_forth_at_the_site_as_at_home(world: World)
     await news.aclose()  # type: ignore[attr-defined]
 
 
+async def test_a_version_that_is_evaluated_is_pinned_at_the_site_too(world: World) -> None:
+    writer = world.home.client()
+    await world.home.publish(writer, 0)
+    await world.site.until_head(0)
+    await world.point("pin/evaluated", 0, 1)
+    reader = world.site.reader()
+    news = reader.watch("pin/evaluated")
+    await following(news, 0)
+    await world.home.publish(writer, 1)
+    await world.site.until_head(1)
+    # What a pointer names, retention leaves: tests/unit/weight_store.
+    assert {state.name: state.version for state in await reader.pointers()} == {"head": 1, "pin/evaluated": 0}
+    await news.aclose()  # type: ignore[attr-defined]
+
+
 async def test_an_old_version_that_somebody_asks_for_is_pushed_to_nobody(world: World) -> None:
     writer = world.home.client()
     await world.link.stop()

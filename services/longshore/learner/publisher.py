@@ -19,12 +19,12 @@ from longshore.learner.disk import when_there_is_room
 from longshore.learner.durable_lines import append_line, read_lines
 from longshore.learner.trainer import canary_logprobs
 from longshore.signing import SigningKey
+from longshore.weight_store.version import EVALUATED
 from longshore.weights.client import CanaryProbe, Tensor, VersionDraft, WeightsClient, checksum_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# The pointer that holds a version in the store while it is evaluated, and for how long at most.
-EVALUATED = "pin/evaluated"
+# For how long a version is held in the store at most while it is evaluated.
 PINNED_S = 24 * 3600.0
 
 

@@ -24,11 +24,11 @@ from longshore.errors import Conflict, IntegrityError, LongshoreError, NotFound,
 from longshore.proto.v1 import weights_pb2
 from longshore.relay.inflow import Inflow
 from longshore.weight_store.objects import StorageFull
+from longshore.weight_store.version import EVALUATED, HEAD
 
 log = structlog.get_logger()
 
-HEAD = "head"
-POINTERS = (HEAD, "serving")
+POINTERS = (HEAD, "serving", EVALUATED)
 # Names are the site's generators' to choose; each costs a stream.
 MAX_POINTERS = 64
 FIRST_PAUSE_S = 0.2

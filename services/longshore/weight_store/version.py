@@ -20,6 +20,8 @@ from longshore.types import JobRef
 from longshore.weight_store.payload import DTYPES, Tensor, TensorInfo, layout_digest, tensor_info
 
 HEAD = "head"
+# Holds a version in the store while the learner has it evaluated.
+EVALUATED = "pin/evaluated"
 _SCHEMA_VERSION = 1
 
 
