@@ -37,10 +37,9 @@ def _installed(name: str) -> bool:
 
 
 def test_requests() -> None:
+    from vllm import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
-
-    from vllm import SamplingParams
 
     assert parameters(AsyncLLM.add_request) >= {"request_id", "prompt", "params", "priority"}
     assert parameters(AsyncLLM.generate) >= {"prompt", "sampling_params", "request_id", "priority"}

@@ -1,6 +1,6 @@
 """vLLM's front end on an event loop: the one file of the generator's process that imports vllm.
 
-Written against vllm 0.32; what is leaned on beyond its public interface is listed in tests/vllm_engine/test_vllm_contract.py.
+Written against vllm 0.32; tests/vllm_engine/test_vllm_contract.py lists what is leaned on beyond its public interface.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import vllm
+from vllm import SamplingParams
 from vllm.config import VllmConfig, WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -21,12 +23,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-import vllm
 from longshore.errors import ConfigError, IntegrityError, Rejected, Unavailable
 from longshore.generator.vllm_engine.options import BACKEND, VllmOptions
 from longshore.generator.vllm_engine.segment import Segment
 from longshore.types import Sampling
-from vllm import SamplingParams
 
 DEAD = "vLLM's engine process has died; its own message is above in this log"
 # Canaries that may run beside a full batch.
