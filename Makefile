@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/longshore/proto/v1/*.proto)
 
-.PHONY: help demo vllm test test-vllm test-chaos bench test-quick check proto proto-check lint types imports clean
+.PHONY: help demo vllm test test-vllm test-chaos test-deploy test-compose compose-secrets bench test-quick check proto proto-check lint types imports clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,21 @@ KILLS ?= 100
 SEED ?= 0
 test-chaos: $(VENV)/.dev ## kill, stop, cut off and fill up everything at random, then prove that nothing was lost
 	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(KILLS) --seed $(SEED) $(CHAOS)
+
+compose-secrets: ## passwords and keys for docker-compose.yml, in secrets/; what is there stays
+	@$(PYTHON) deploy/compose/make_secrets.py
+
+$(VENV)/.deploy: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group deploy
+	@touch $@
+
+test-deploy: $(VENV)/.deploy ## the Helm chart and Prometheus's files; wants helm and promtool
+	$(BIN)/python -m pytest tests/deploy
+
+# A generator's or learner's image needs torch: this machine's own build of it, where pip knows one.
+test-compose: $(VENV)/.dev ## images, and a job on docker-compose.yml with things killed; wants a Docker engine and half an hour
+	$(BIN)/python -m pip download --quiet --no-deps --constraint constraints.txt --dest deploy/docker/wheels torch
+	$(BIN)/python -m pytest tests/compose --timeout 3600
 
 # What benchmarks compare with, and nothing else needs.
 $(VENV)/.bench: $(VENV)/.dev

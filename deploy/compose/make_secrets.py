@@ -20,12 +20,26 @@ maxmemory-policy noeviction
 protected-mode no
 """
 
+OBJECTS_ENV = """\
+MINIO_ROOT_USER=longshore
+MINIO_ROOT_PASSWORD={password}
+"""
+
+# Read by every service that touches the object store; of no effect while LONGSHORE_STORE_URL is a folder.
+S3_ENV = """\
+AWS_ACCESS_KEY_ID=longshore
+AWS_SECRET_ACCESS_KEY={password}
+AWS_ENDPOINT_URL=http://objects:9000
+AWS_ALLOW_HTTP=true
+AWS_REGION=us-east-1
+"""
+
 
 def make(folder: Path) -> list[str]:
     """Returns the names of the files that were made."""
     folder.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
-    broker, database = secrets.token_hex(24), secrets.token_hex(24)
+    broker, database, objects = (secrets.token_hex(24) for _ in range(3))
     # Two files say each password: they are made together, or not at all.
     together = [
         {"api_key": secrets.token_urlsafe(32) + "\n"},
@@ -38,6 +52,10 @@ def make(folder: Path) -> list[str]:
             "longshore_database_url": f"postgresql+asyncpg://longshore:{database}@database/longshore\n",
         },
         {"grafana_password": secrets.token_urlsafe(18)},
+        {
+            "objects.env": OBJECTS_ENV.format(password=objects),
+            "s3.env": S3_ENV.format(password=objects),
+        },
     ]
     made = []
     for files in together:

@@ -1,0 +1,144 @@
+{{- define "longshore.fullname" -}}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 40 | trimSuffix "-" }}{{ else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" }}{{ end }}
+{{- end }}
+
+{{/* Labels that select: (dict "root" $ "component" "gateway") */}}
+{{- define "longshore.selector" -}}
+app.kubernetes.io/name: longshore
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "longshore.labels" -}}
+{{ include "longshore.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end }}
+
+{{- define "longshore.podMeta" -}}
+labels:
+  {{- include "longshore.labels" . | nindent 2 }}
+  {{- with .root.Values.podLabels }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- with .root.Values.podAnnotations }}
+annotations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* What every pod has: (dict "root" $ "settings" .Values.broker) */}}
+{{- define "longshore.podSpec" -}}
+serviceAccountName: {{ include "longshore.fullname" .root }}
+automountServiceAccountToken: false
+securityContext: {{- toYaml (mergeOverwrite (deepCopy .root.Values.podSecurityContext) (deepCopy (.settings.podSecurityContext | default dict))) | nindent 2 }}
+{{- with .root.Values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .root.Values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .settings.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .settings.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .settings.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* (dict "root" $ "service" "gateway") */}}
+{{- define "longshore.image" -}}
+{{ .root.Values.image.prefix }}-{{ .service }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion }}
+{{- end }}
+
+{{- define "longshore.tls" -}}{{ ne .Values.tls.source "none" }}{{- end }}
+
+{{- define "longshore.tlsSecret" -}}
+{{- if eq .Values.tls.source "given" }}{{ required "tls.existingSecret: name the secret with tls.crt, tls.key and ca.crt" .Values.tls.existingSecret }}{{ else }}{{ include "longshore.fullname" . }}-tls{{ end }}
+{{- end }}
+
+{{- define "longshore.brokerSecret" -}}
+{{ .Values.broker.existingSecret | default (printf "%s-broker" (include "longshore.fullname" .)) }}
+{{- end }}
+
+{{- define "longshore.databaseSecret" -}}
+{{ .Values.database.existingSecret | default (printf "%s-database" (include "longshore.fullname" .)) }}
+{{- end }}
+
+{{- define "longshore.gatewaySecret" -}}
+{{ .Values.gateway.existingSecret | default (printf "%s-gateway" (include "longshore.fullname" .)) }}
+{{- end }}
+
+{{/* A value that stays what it was at the first install: (dict "root" $ "secret" NAME "key" KEY) */}}
+{{- define "longshore.kept" -}}
+{{- $found := lookup "v1" "Secret" .root.Release.Namespace .secret }}
+{{- if and $found (hasKey ($found.data | default dict) .key) }}{{ index $found.data .key | b64dec }}{{ else }}{{ randAlphaNum 40 }}{{ end }}
+{{- end }}
+
+{{/* Environment of every process of ours: (dict "root" $) */}}
+{{- define "longshore.env" -}}
+- {name: LONGSHORE_LOG_LEVEL, value: {{ .root.Values.logLevel | quote }}}
+- {name: LONGSHORE_METRICS_LISTEN, value: "0.0.0.0:9100"}
+- {name: LONGSHORE_SECRETS_DIR, value: /run/secrets/longshore}
+{{- if eq (include "longshore.tls" .root) "true" }}
+- {name: LONGSHORE_TLS_CERT, value: /run/secrets/tls/tls.crt}
+- {name: LONGSHORE_TLS_KEY, value: /run/secrets/tls/tls.key}
+- {name: LONGSHORE_TLS_CA, value: /run/secrets/tls/ca.crt}
+{{- end }}
+{{- end }}
+
+{{- define "longshore.extraEnv" -}}
+{{- range $name, $value := . }}
+- {name: {{ $name }}, value: {{ $value | quote }}}
+{{- end }}
+{{- end }}
+
+{{- define "longshore.objectStoreEnv" -}}
+{{- with .Values.objectStore.existingSecret }}
+envFrom:
+  - secretRef: {name: {{ . }}}
+{{- end }}
+{{- end }}
+
+{{/* Kubelet's own gRPC probe knows no TLS and no sockets. */}}
+{{- define "longshore.probes" -}}
+startupProbe:
+  exec: {command: [longshore, healthcheck]}
+  periodSeconds: 5
+  timeoutSeconds: 20
+  failureThreshold: 60
+readinessProbe:
+  exec: {command: [longshore, healthcheck]}
+  periodSeconds: 15
+  timeoutSeconds: 20
+livenessProbe:
+  exec: {command: [longshore, healthcheck]}
+  periodSeconds: 30
+  timeoutSeconds: 20
+  failureThreshold: 4
+{{- end }}
+
+{{- define "longshore.tlsMount" -}}
+{{- if eq (include "longshore.tls" .) "true" }}
+- {name: tls, mountPath: /run/secrets/tls, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "longshore.tlsVolume" -}}
+{{- if eq (include "longshore.tls" .) "true" }}
+- name: tls
+  secret: {secretName: {{ include "longshore.tlsSecret" . }}, defaultMode: 0440}
+{{- end }}
+{{- end }}
+
+{{/* (dict "name" "data" "persistence" .Values.home.persistence) */}}
+{{- define "longshore.claim" -}}
+- metadata: {name: {{ .name }}}
+  spec:
+    accessModes: [ReadWriteOnce]
+    {{- with .persistence.storageClass }}
+    storageClassName: {{ . }}
+    {{- end }}
+    resources: {requests: {storage: {{ .persistence.size }}}}
+{{- end }}
