@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/longshore/proto/v1/*.proto)
 
-.PHONY: help demo vllm test test-vllm test-chaos test-deploy test-compose compose-secrets bench test-quick check proto proto-check lint types imports clean
+.PHONY: help demo vllm test test-vllm test-api test-chaos test-deploy test-compose compose-secrets bench test-quick check proto proto-check openapi openapi-check lint types imports clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,10 @@ demo: $(VENV)/.local ## install, then train a small model on this machine until 
 test: $(VENV)/.dev ## every test: unit, contract, integration, end to end
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+EXAMPLES ?= 100
+test-api: $(VENV)/.dev ## EXAMPLES random requests to every operation of the REST API, against its OpenAPI document
+	LONGSHORE_API_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --timeout 3600 tests/integration/test_gateway_openapi.py
+
 KILLS ?= 100
 SEED ?= 0
 test-chaos: $(VENV)/.dev ## kill, stop, cut off and fill up everything at random, then prove that nothing was lost
@@ -85,7 +89,7 @@ bench: $(VENV)/.models $(VENV)/.bench ## every benchmark, half an hour in all, o
 test-quick: $(VENV)/.dev ## unit and contract tests only
 	$(BIN)/python -m pytest tests/unit tests/contract
 
-check: lint types imports proto-check ## ruff, mypy, import-linter, buf, stub drift
+check: lint types imports proto-check openapi-check ## ruff, mypy, import-linter, buf, drift of stubs and of the OpenAPI document
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -114,6 +118,16 @@ proto-check: $(VENV)/.dev
 	@diff -r --exclude=__init__.py --exclude=__pycache__ build/proto/longshore/proto services/longshore/proto \
 	    || (echo 'stubs differ from protos/: run `make proto` and commit' && exit 1)
 	@echo 'stubs match protos/'
+
+openapi: $(VENV)/.dev ## write docs/openapi.json anew
+	$(BIN)/python -m longshore.gateway.openapi > docs/openapi.json
+
+openapi-check: $(VENV)/.dev
+	@mkdir -p build
+	@$(BIN)/python -m longshore.gateway.openapi > build/openapi.json
+	@diff -q build/openapi.json docs/openapi.json >/dev/null \
+	    || (echo 'docs/openapi.json differs from the routes: run `make openapi` and commit' && exit 1)
+	@echo 'docs/openapi.json matches the routes'
 
 clean: ## remove what building and running left behind, the virtual environment excepted
 	rm -rf build dist .longshore runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -11,9 +11,8 @@ import pytest
 from gateway_bench import KEY, GatewayBench
 from redis.asyncio import Redis
 
-from longshore import client as clients
 from longshore.cli import main
-from longshore.client import ApiClient
+from longshore.client import ApiClient, answers
 from longshore.console import tickets as commands
 from longshore.gateway import driver
 from longshore.launcher.spec import UnitState
@@ -142,7 +141,7 @@ async def test_a_letter_without_its_task_cannot_be_requeued(bench: GatewayBench,
 
 
 async def test_many_letters_are_read_page_by_page(bench: GatewayBench, job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "_PAGE", 3)
+    monkeypatch.setattr(answers, "PAGE", 3)
     for number in range(7):
         await job.redis.xadd(job.keys.dead, {"kind": "rollout", "key": f"1.{number}", "reason": "x"})
     async with ApiClient(bench.url, KEY) as client:

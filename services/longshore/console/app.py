@@ -124,6 +124,46 @@ def cancel(job_id: JobId, /) -> int:
     return _await(commands.cancel(job_id))
 
 
+@app.command(sort_key=8)
+def pause(job_id: JobId, /) -> int:
+    """Stop a job's processes after a checkpoint; `longshore resume` has it go on."""
+    from longshore.console import commands
+
+    return _await(commands.pause(job_id))
+
+
+@app.command(sort_key=8)
+def resume(job_id: JobId, /) -> int:
+    """Have a paused job go on from its newest checkpoint."""
+    from longshore.console import commands
+
+    return _await(commands.resume(job_id))
+
+
+@app.command(sort_key=8)
+def fork(
+    job_id: JobId,
+    /,
+    *,
+    version: Annotated[int | None, Parameter(help="Policy version to begin with; the newest by default.")] = None,
+    changes: Annotated[
+        Path | None, Parameter(help="YAML or JSON file with the settings that differ from the parent's.")
+    ] = None,
+) -> int:
+    """Give the running stack a new job that begins with a policy version of another one."""
+    from longshore.console import commands
+
+    return _await(commands.fork(job_id, version, changes))
+
+
+@app.command(sort_key=8)
+def rollback(job_id: JobId, version: int, /) -> int:
+    """Have a policy version of a job served, an older one or a newer one."""
+    from longshore.console import commands
+
+    return _await(commands.rollback(job_id, version))
+
+
 @app.command(sort_key=9)
 def ledger(job_id: JobId, /, *, json: AsJson = False) -> int:
     """Show where every ticket of a job is, by site: issued = the sum of all states."""
@@ -171,6 +211,59 @@ def requeue(job_id: JobId, /, *letter_ids: LetterId) -> int:
     from longshore.console import tickets
 
     return _await(tickets.requeue(job_id, letter_ids))
+
+
+keys = App(
+    name="keys", help="API keys: who may use the REST API, and for what.", sort_key=11, result_action="return_value"
+)
+app.command(keys)
+KeyId = Annotated[str, Parameter(help="The id that `keys list` prints.")]
+
+
+@keys.command(name="list", sort_key=1)
+def list_keys(*, json: AsJson = False) -> int:
+    """List the keys that can be used, without their secrets."""
+    from longshore.console import keys
+
+    return _await(keys.list_keys(json))
+
+
+@keys.command(name="create", sort_key=2)
+def create_key(
+    role: Literal["viewer", "submitter", "admin"],
+    /,
+    *,
+    project: Annotated[str | None, Parameter(help="The only project that it is for; every one by default.")] = None,
+    name: Annotated[str, Parameter(help="What it is for, for people.")] = "",
+    days: Annotated[float, Parameter(help="Days until it expires.", validator=Number(gt=0, lte=3650))] = 90.0,
+) -> int:
+    """Make an API key and print it: it is shown this once and kept nowhere."""
+    from longshore.console import keys
+
+    return _await(keys.create(role, project, name, days))
+
+
+@keys.command(name="rotate", sort_key=3)
+def rotate_api_key(
+    key_id: KeyId,
+    /,
+    *,
+    grace: Annotated[
+        float, Parameter(help="Seconds for which the old key is still taken.", validator=Number(gte=0))
+    ] = 0.0,
+) -> int:
+    """Make a key in the place of another and print it."""
+    from longshore.console import keys
+
+    return _await(keys.rotate(key_id, grace))
+
+
+@keys.command(name="revoke", sort_key=4)
+def revoke_key(key_id: KeyId, /) -> int:
+    """End a key at once."""
+    from longshore.console import keys
+
+    return _await(keys.revoke(key_id))
 
 
 @app.command(sort_key=11)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import sys
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from longshore.api_types import JobView
 from longshore.client import ApiClient, connect
-from longshore.config import parse_job
+from longshore.config import load_job, parse_job
 from longshore.console.follow import EXIT_OK, follow_job
 from longshore.console.screen import Screen
 from longshore.console.tables import aligned
@@ -46,7 +48,7 @@ async def jobs() -> int:
     return EXIT_OK
 
 
-def _row(job: dict[str, Any]) -> tuple[str, ...]:
+def _row(job: JobView) -> tuple[str, ...]:
     progress = job["progress"]
     step = f"{progress['step']}/{progress['steps']}" if progress.get("step") else progress.get("phase") or "-"
     reward = progress.get("reward/mean")
@@ -84,6 +86,38 @@ async def rotate_key(job_id: str) -> int:
 async def cancel(job_id: str) -> int:
     """Asks for a job's end."""
     async with open_client() as client:
-        job = await client.cancel(job_id)
+        return _say_state(await client.cancel(job_id))
+
+
+async def pause(job_id: str) -> int:
+    """Has a job's processes stopped."""
+    async with open_client() as client:
+        return _say_state(await client.pause(job_id))
+
+
+async def resume(job_id: str) -> int:
+    """Has a paused job go on."""
+    async with open_client() as client:
+        return _say_state(await client.resume(job_id))
+
+
+def _say_state(job: JobView) -> int:
     sys.stdout.write(f"{job['id']} is {job['state']}\n")
+    return EXIT_OK
+
+
+async def fork(job_id: str, version: int | None, changes: Path | None) -> int:
+    """Prints the new job's id alone on stdout, as `submit` does. Raises InvalidJobSpec with every fault."""
+    settings = {} if changes is None else load_job(changes)
+    async with open_client() as client:
+        job = await client.fork(job_id, version, settings)
+    sys.stdout.write(f"{job['id']}\n")
+    return EXIT_OK
+
+
+async def rollback(job_id: str, version: int) -> int:
+    """Has a policy version served."""
+    async with open_client() as client:
+        pointer = await client.rollback(job_id, version)
+    sys.stdout.write(f"{job_id}: {pointer['name']} is version {pointer['version']}\n")
     return EXIT_OK

@@ -8,14 +8,12 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Any
 
+from longshore.api_types import LedgerView, LetterView, WholeLetter
 from longshore.console.commands import open_client
 from longshore.console.follow import EXIT_BAD_INPUT, EXIT_OK
 from longshore.console.tables import aligned, shortened
 from longshore.errors import Conflict, NotFound
-
-Json = dict[str, Any]
 
 # Column -> the state that it counts. Everything else is a final reason, told below the table.
 _COLUMNS = {
@@ -74,7 +72,7 @@ async def requeue(job_id: str, letter_ids: Sequence[str]) -> int:
     return outcome[0]
 
 
-def ledger_lines(job_id: str, view: Json) -> list[str]:
+def ledger_lines(job_id: str, view: LedgerView) -> list[str]:
     """The table of a ledger, within 80 columns for counts below ten million."""
     states, by_site = view["states"], view["by_site"]
     known = set(_COLUMNS.values())
@@ -95,13 +93,13 @@ def ledger_lines(job_id: str, view: Json) -> list[str]:
     return lines
 
 
-def _verdict(view: Json) -> str:
+def _verdict(view: LedgerView) -> str:
     if view["balanced"]:
         return "each in exactly one state"
     return f"but {sum(view['states'].values())} in the states: THE LEDGER DOES NOT ADD UP"
 
 
-def letter_lines(letters: Sequence[Json], width: int) -> list[str]:
+def letter_lines(letters: Sequence[LetterView], width: int) -> list[str]:
     """One line a letter, of at most `width` columns."""
     rows = [("LETTER", "WHEN", "TICKET", "SITE", "REASON", "DETAIL")]
     for letter in letters:
@@ -111,7 +109,7 @@ def letter_lines(letters: Sequence[Json], width: int) -> list[str]:
     return [shortened(line, width) for line in aligned(plain)]
 
 
-def letter_text(letter: Json) -> list[str]:
+def letter_text(letter: WholeLetter) -> list[str]:
     """Everything that a person wants to know of a letter."""
     task = letter["task"]
     rows = [

@@ -88,7 +88,7 @@ class AdminRoutes:
         }
         add = router.add_api_route
         add("/caller", self.caller, operation_id="caller", **reads)
-        add("/keys", self.list_keys, operation_id="list_keys", **reads)
+        add("/keys", self.list_keys, operation_id="keys", **reads)
         create, rotate = _takes(KeyBody, required=True), _takes(RotateBody, required=False)
         add("/keys", self.create_key, operation_id="create_key", methods=["POST"], status_code=201, **create, **tags)
         path = "/keys/{key_id}"
@@ -102,7 +102,7 @@ class AdminRoutes:
             **tags,
         )
         add(path, self.revoke_key, operation_id="revoke_key", **gone)
-        add("/projects", self.list_projects, operation_id="list_projects", **reads)
+        add("/projects", self.list_projects, operation_id="projects", **reads)
         quotas = _takes(QuotaBody, required=True)
         add("/projects/{project}", self.set_quotas, operation_id="set_quotas", methods=["PUT"], **quotas, **tags)
         add("/audit", self.audit, operation_id="audit", **reads)

@@ -71,13 +71,13 @@ class JobRoutes:
         job = "/jobs/{job_id}"
         add = router.add_api_route
         add("/jobs", self.submit, operation_id="submit", openapi_extra=spec, **made)
-        add("/jobs", self.list, operation_id="list_jobs", **reads)
+        add("/jobs", self.list, operation_id="jobs", **reads)
         unchanged: Responses = {304: {"description": "It is as If-None-Match says"}}
         add(job, self.get, operation_id="job", response_model=JobView, **{**reads, "responses": {**READS, **unchanged}})
         for act in (self.cancel, self.pause, self.resume):
             add(f"{job}/{act.__name__}", act, operation_id=act.__name__, **steers)
         add(f"{job}/fork", self.fork, operation_id="fork", openapi_extra=fork, **made)
-        stream: Responses = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+        stream: Responses = {200: {"content": {"text/event-stream": {"schema": _EVENT_SCHEMA}}}}
         add(
             f"{job}/events",
             self.events,
@@ -210,6 +210,12 @@ def _submission(request: Request, caller: Principal, idempotency_key: str | None
     return Submission(caller, request.is_disconnected, idempotency_key)
 
 
+# Of one event: `data` is JSON with `type`, `time` and what docs/architecture.md says of the type.
+_EVENT_SCHEMA = {
+    "type": "object",
+    "required": ["id", "event", "data"],
+    "properties": {"id": {"type": "string"}, "event": {"type": "string"}, "data": {"type": "string"}},
+}
 _DOCUMENT_TYPES = ("application/json", "application/yaml")
 # Local references would point outside the request's schema: the parts are written in place of a name.
 _JOB_SCHEMA = {"schema": JobSpec.model_json_schema() | {"$id": "urn:longshore:job-spec"}}

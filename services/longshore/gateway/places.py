@@ -65,10 +65,13 @@ NO_LIMITS = Limits()
 
 
 def needs_of(spec: JobSpec) -> Use:
-    """What a job takes: the generators of each site that has actors, and a GPU where its learner asks for one."""
+    """What a job takes: the generators of each site that has actors; the GPUs of its learner, and of vLLM's engines."""
     sites = [spec.resources_at(name) for name in ("home", *(site.name for site in spec.sites))]
     generators = sum(resources.generators for resources in sites if resources.actors)
-    return Use(1, generators, int(spec.train.compute.device == "cuda"))
+    gpus = int(spec.train.compute.device == "cuda")
+    if spec.generator.engine == "vllm":
+        gpus += generators * spec.generator.tensor_parallel
+    return Use(1, generators, gpus)
 
 
 def used_by_project(placed: Sequence[Wish]) -> dict[str, Use]:

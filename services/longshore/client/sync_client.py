@@ -1,0 +1,304 @@
+"""The REST API for plain code. Every error is a LongshoreError with one clear sentence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar, cast
+
+import httpx
+
+from longshore import api_types as t
+from longshore.client import answers, calls
+from longshore.client.answers import EventLines, error_of, may_repeat, unreachable
+from longshore.client.calls import Call, Json, get, job_path, post
+from longshore.errors import Unavailable
+
+T = TypeVar("T")
+
+
+class Client:
+    """One gateway. Use as `with Client(url, key) as client`."""
+
+    def __init__(self, url: str, api_key: str, patience_s: float = 10.0) -> None:
+        """`patience_s`: how long a gateway that refuses connections is waited for; it may be starting again."""
+        self.url = url
+        self._patience_s = patience_s
+        headers = {"Authorization": f"Bearer {api_key}"}
+        # trust_env off: a proxy of the environment must not see the key, nor stand before loopback.
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=answers.TIMEOUT, trust_env=False)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def jobs(self, limit: int = 100, state: str | None = None) -> list[t.JobView]:
+        """The newest jobs, newest first, page by page up to `limit`."""
+        found: list[t.JobView] = []
+        cursor: str | None = None
+        while len(found) < limit:
+            page: t.JobPage = self._send(calls.jobs(min(limit - len(found), 1000), cursor, state))
+            found += page["jobs"]
+            cursor = page["next"]
+            if cursor is None:
+                break
+        return found
+
+    def dead_letters(self, job_id: str) -> Iterator[t.LetterView]:
+        """Every dead letter that is kept, oldest first. Raises NotFound."""
+        after = ""
+        while True:
+            page: t.LetterPage = self._send(
+                get(t.LetterPage, job_path(job_id, "dead-letters"), after=after, limit=answers.PAGE)
+            )
+            yield from page["letters"]
+            if len(page["letters"]) < answers.PAGE:
+                return
+            after = page["letters"][-1]["id"]
+
+    def events(self, job_id: str) -> Iterator[Json]:
+        """Every event of a job from its first, until its terminal state; goes on through a gateway's restart.
+
+        Raises:
+            NotFound: there is no such job.
+            Unavailable: the gateway stayed away for a minute.
+        """
+        last_id = "0"
+        lost_at: float | None = None
+        while True:
+            try:
+                for event_id, event in self._stream_events(job_id, last_id):
+                    lost_at = None
+                    if event is None:
+                        continue
+                    last_id = event_id
+                    yield event
+                    if answers.is_last(event):
+                        return
+            except Unavailable:
+                lost_at = time.monotonic() if lost_at is None else lost_at
+                if time.monotonic() - lost_at > answers.AWAY_S:
+                    raise
+            # Away, or draining: a gateway ends its streams before it ends.
+            time.sleep(answers.RETRY_S)
+
+    def logs(self, job_id: str, service: str | None = None, tail: int = 200, follow: bool = False) -> Iterator[str]:
+        """Pieces of the job's logs. Raises NotFound, Unavailable."""
+        params = {"tail": str(tail), "follow": str(follow).lower()} | ({"service": service} if service else {})
+        # A job may be silent for long; its end closes the stream.
+        timeout = httpx.Timeout(90.0, read=None if follow else 90.0)
+        path = job_path(job_id, "logs")
+        try:
+            with self._http.stream("GET", path, params=params, timeout=timeout) as response:
+                _check(response)
+                yield from response.iter_text()
+        except httpx.HTTPError as error:
+            raise unreachable(self.url, error) from None
+
+    def model(self, job_id: str, version: int, to: Path) -> None:
+        """Downloads a policy version as a safetensors file. Raises NotFound, Unavailable, OSError."""
+        self._download(job_path(job_id, "versions", version, "model"), to)
+
+    def checkpoint_file(self, job_id: str, name: str, file: str, to: Path) -> None:
+        """Downloads a file of a checkpoint. Raises NotFound, Unavailable, OSError."""
+        self._download(job_path(job_id, "checkpoints", name, "files", file), to)
+
+    def submit(self, document: Json, idempotency_key: str | None = None) -> t.JobView:
+        """Queues a job. Raises InvalidJobSpec with every fault."""
+        return self._send(calls.submit(document, idempotency_key))
+
+    def job(self, job_id: str) -> t.JobView:
+        """One job with its spec. Raises NotFound."""
+        return self._send(get(t.JobView, job_path(job_id)))
+
+    def cancel(self, job_id: str) -> t.JobView:
+        """Asks for a job's end. Raises NotFound, or Conflict when the job has ended."""
+        return self._send(post(t.JobView, job_path(job_id, "cancel")))
+
+    def pause(self, job_id: str) -> t.JobView:
+        """Has a job's processes stopped after a checkpoint. Raises NotFound, Conflict."""
+        return self._send(post(t.JobView, job_path(job_id, "pause")))
+
+    def resume(self, job_id: str) -> t.JobView:
+        """Has a paused job go on. Raises NotFound, Conflict."""
+        return self._send(post(t.JobView, job_path(job_id, "resume")))
+
+    def fork(
+        self, job_id: str, version: int | None = None, changes: Json | None = None, idempotency_key: str | None = None
+    ) -> t.JobView:
+        """Queues a job that begins with a version (None: the newest) of another. Raises NotFound, InvalidJobSpec."""
+        return self._send(calls.fork(job_id, version, changes, idempotency_key))
+
+    def summary(self, job_id: str) -> Json:
+        """What summary.json holds. Raises NotFound until the job has ended in order."""
+        return self._send(get(Json, job_path(job_id, "summary")))
+
+    def metrics(self, job_id: str, names: list[str] | None = None, after: int = 0, points: int = 1000) -> t.Series:
+        """Metrics by train step. Raises NotFound: no step has such a metric."""
+        return self._send(calls.metrics(job_id, names, after, points))
+
+    def rollouts(
+        self,
+        job_id: str,
+        limit: int = 100,
+        after: str | None = None,
+        state: str | None = None,
+        site: str | None = None,
+        step: int | None = None,
+    ) -> t.RolloutPage:
+        """A page of the rollouts that the broker has, or with `step` of those of a train step."""
+        return self._send(calls.rollouts(job_id, limit, after, state, site, step))
+
+    def rollout(self, job_id: str, rollout_id: str) -> t.WholeRollout:
+        """One rollout in full. Raises NotFound."""
+        return self._send(get(t.WholeRollout, job_path(job_id, "rollouts", rollout_id)))
+
+    def sites(self, job_id: str) -> t.SiteList:
+        """The job's sites and how they are."""
+        return self._send(get(t.SiteList, job_path(job_id, "sites")))
+
+    def ledger(self, job_id: str) -> t.LedgerView:
+        """The state of every ticket, by site. Raises NotFound."""
+        return self._send(get(t.LedgerView, job_path(job_id, "ledger")))
+
+    def judge(self, job_id: str, verdict: Json) -> t.Accepted:
+        """Hands in a verdict: {ticket, reward, verifier, breakdown?, reason?}. Raises NotFound, Conflict."""
+        return self._send(post(t.Accepted, job_path(job_id, "verdicts"), verdict))
+
+    def dead_letter(self, job_id: str, letter_id: str) -> t.WholeLetter:
+        """One dead letter whole. Raises NotFound."""
+        return self._send(get(t.WholeLetter, job_path(job_id, "dead-letters", letter_id)))
+
+    def requeue(self, job_id: str, letter_id: str) -> t.Accepted:
+        """Has a dead letter's task attempted again. Raises NotFound, Conflict."""
+        return self._send(post(t.Accepted, job_path(job_id, "dead-letters", letter_id, "requeue")))
+
+    def rollback(self, job_id: str, version: int) -> t.PointerView:
+        """Has a policy version served, an older one or a newer one. Raises NotFound, Conflict."""
+        return self._send(calls.rollback(job_id, version))
+
+    def rotate_key(self, job_id: str) -> t.KeyId:
+        """Has a job's versions signed by a new key. Raises NotFound, Conflict, Unavailable."""
+        return self._send(post(t.KeyId, job_path(job_id, "keys", "rotate")))
+
+    def versions(self, job_id: str, limit: int = 100, before: int | None = None) -> t.VersionPage:
+        """A page of the policy versions on hand, newest first."""
+        return self._send(get(t.VersionPage, job_path(job_id, "versions"), limit=limit, before=before))
+
+    def version(self, job_id: str, version: int) -> t.WholeVersion:
+        """What a version's signed manifest says. Raises NotFound."""
+        return self._send(get(t.WholeVersion, job_path(job_id, "versions", version)))
+
+    def pin_version(self, job_id: str, version: int) -> t.PointerView:
+        """Has a version kept. Raises NotFound."""
+        return self._send(calls.pin_version(job_id, version))
+
+    def unpin_version(self, job_id: str, version: int) -> None:
+        """Takes a version's pin away. Raises NotFound."""
+        self._send(calls.unpin_version(job_id, version))
+
+    def checkpoints(self, job_id: str) -> t.CheckpointList:
+        """The job's checkpoints, newest first."""
+        return self._send(get(t.CheckpointList, job_path(job_id, "checkpoints")))
+
+    def pin_checkpoint(self, job_id: str, name: str) -> t.CheckpointView:
+        """Has a checkpoint kept. Raises NotFound, Conflict."""
+        return self._send(calls.pin_checkpoint(job_id, name))
+
+    def unpin_checkpoint(self, job_id: str, name: str) -> None:
+        """Takes a checkpoint's pin away. Raises NotFound, Conflict."""
+        self._send(calls.unpin_checkpoint(job_id, name))
+
+    def caller(self) -> t.Caller:
+        """Who the key says that we are."""
+        return self._send(get(t.Caller, "/v1/caller"))
+
+    def keys(self) -> t.ApiKeyList:
+        """The API keys of the caller's project. Raises Forbidden."""
+        return self._send(get(t.ApiKeyList, "/v1/keys"))
+
+    def create_key(
+        self, role: str, project: str | None = None, name: str = "", days: float | None = 90.0
+    ) -> t.NewApiKey:
+        """Makes an API key, which is told this once. Raises Forbidden."""
+        return self._send(calls.create_key(role, project, name, days))
+
+    def rotate_api_key(self, key_id: str, grace_s: float = 0.0) -> t.NewApiKey:
+        """Makes a key in another's place, which ends after `grace_s`. Raises NotFound, Conflict, Forbidden."""
+        return self._send(calls.rotate_api_key(key_id, grace_s))
+
+    def revoke_key(self, key_id: str) -> None:
+        """Ends an API key at once. Raises NotFound, Conflict, Forbidden."""
+        self._send(calls.revoke_key(key_id))
+
+    def projects(self) -> t.ProjectList:
+        """Projects, their quotas and what they use."""
+        return self._send(get(t.ProjectList, "/v1/projects"))
+
+    def set_quotas(
+        self, project: str, max_jobs: int | None = None, max_generators: int | None = None, max_gpus: int | None = None
+    ) -> t.Quotas:
+        """Sets what a project may use at a time. Raises Forbidden."""
+        return self._send(calls.set_quotas(project, max_jobs, max_generators, max_gpus))
+
+    def audit(self, limit: int = 100, before: int | None = None) -> t.AuditPage:
+        """A page of the audit log, newest first. Raises Forbidden."""
+        return self._send(get(t.AuditPage, "/v1/audit", limit=limit, before=before))
+
+    def healthz(self) -> t.Health:
+        """Whether the gateway serves."""
+        return self._send(get(t.Health, "/healthz"))
+
+    def _download(self, path: str, to: Path) -> None:
+        part = to.with_name(f".{to.name}.part")
+        try:
+            with self._http.stream("GET", path) as response:
+                _check(response)
+                with part.open("wb") as file:
+                    for block in response.iter_bytes():
+                        file.write(block)
+        except httpx.HTTPError as error:
+            raise unreachable(self.url, error) from None
+        part.replace(to)
+
+    def _stream_events(self, job_id: str, last_id: str) -> Iterator[tuple[str, Json | None]]:
+        """(id, event); ("", None) is a sign of life."""
+        headers, lines = {"Last-Event-ID": last_id}, EventLines()
+        path = job_path(job_id, "events")
+        try:
+            with self._http.stream("GET", path, headers=headers, timeout=answers.STREAM_TIMEOUT) as response:
+                _check(response)
+                yield "", None
+                for line in response.iter_lines():
+                    told = lines.take(line)
+                    if told is not None:
+                        yield told
+        except httpx.HTTPError as error:
+            raise unreachable(self.url, error) from None
+
+    def _send(self, call: Call[T]) -> T:
+        deadline = time.monotonic() + self._patience_s
+        # A body that is null is none.
+        body: Json = {} if call.json is None else {"json": call.json}
+        while True:
+            try:
+                response = self._http.request(call.method, call.path, params=call.params, headers=call.headers, **body)
+                break
+            except httpx.HTTPError as error:
+                if not may_repeat(error, call.repeatable) or time.monotonic() > deadline:
+                    raise unreachable(self.url, error) from None
+            time.sleep(answers.RETRY_S)
+        _check(response)
+        return cast("T", response.json() if response.content else None)
+
+
+def _check(response: httpx.Response) -> None:
+    """Raises the error that a problem document stands for."""
+    if not response.is_success:
+        raise error_of(response.status_code, response.read())
