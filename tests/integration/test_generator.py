@@ -257,7 +257,7 @@ async def test_a_swap_while_streaming_gives_two_spans(site: Site, caller: Caller
     # Who asks for the old version by number is answered by it: it is brought back beside the new one.
     pinned = [event async for event in caller.start((1,), tokens=4, version=(old, old))]
     assert {(event.policy_version, event.kv) for event in pinned} == {(old, rollout_pb2.KV_MARK_RECOMPUTED)}
-    assert (await caller.status()).policy_version == new
+    assert list((await caller.status()).resident_versions) == [new, old]
     # One that is still to come, and one that cannot be.
     assert await caller.refusal(caller.request(version=(NEVER, NEVER)), timeout=0.5) is Code.DEADLINE_EXCEEDED
     assert await caller.refusal(caller.request(version=(2**64 - 1, 2**64 - 1))) is Code.INVALID_ARGUMENT
@@ -265,13 +265,15 @@ async def test_a_swap_while_streaming_gives_two_spans(site: Site, caller: Caller
 
 async def test_a_version_that_fails_its_canary_is_not_served(site: Site, caller: Caller) -> None:
     old = (await caller.status()).policy_version
-    await site.store.publish(canary=(-0.1, -0.2, -0.3))
+    bad = await site.store.publish(canary=(-0.1, -0.2, -0.3))
     async with asyncio.timeout(WAIT_S):
         while site.metric("longshore_generator_refused_versions_total") == 0:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.05)
     assert (await caller.reply())[0].policy_version == old
     new = await site.store.publish()
     await caller.until(lambda status: status.policy_version == new)
+    # Who is pinned to it may find another generator that can prove it.
+    assert await caller.refusal(caller.request(version=(bad, bad))) is Code.ABORTED
 
 
 async def test_survives_the_death_of_the_store_and_its_own(site: Site, caller: Caller) -> None:

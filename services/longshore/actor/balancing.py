@@ -4,9 +4,10 @@ The rule, in this order (docs/many-generators.md):
 
 1. Usable is a generator that serves a proven version (health), answers for our job, and is not set aside. Of these,
    those with room under their limit are candidates (limit.py).
-2. A rollout's later turns go where its earlier ones were drawn, a group's first turns where the group's newest was:
+2. Of these, those that hold a version by which the request may be answered, if there are any.
+3. A rollout's later turns go where its earlier ones were drawn, a group's first turns where the group's newest was:
    that generator holds their prefix. Unless it is overloaded: fuller than the emptiest candidate by more than `_WORTH`.
-3. Anything else goes to the least loaded of `_SAMPLE` candidates taken at random, so that many actors that read the
+4. Anything else goes to the least loaded of `_SAMPLE` candidates taken at random, so that many actors that read the
    same report do not all choose the same one.
 
 One that breaks connections, or fails on requests again and again, is set aside with growing pauses; after a pause a
@@ -136,9 +137,19 @@ class Balancer:
         now = self._clock()
         return [name for name, known in self._generators.items() if known.is_usable(now)]
 
-    def choose(self, prefixes: Iterable[str], avoid: Collection[str] = ()) -> str | None:
-        """The generator for a request, nearest prefix first; None: none has room."""
+    def choose(
+        self, prefixes: Iterable[str], avoid: Collection[str] = (), accepts: Callable[[int], bool] | None = None
+    ) -> str | None:
+        """The generator for a request; None: none has room.
+
+        Args:
+            prefixes: what the request shares with others, nearest first.
+            accepts: whether a policy version may answer it; None: any may.
+        """
         candidates = self._candidates(avoid)
+        if accepts is not None:
+            # Where none has such a version, one will have to bring it, or to wait for it.
+            candidates = [name for name in candidates if self._has(name, accepts)] or candidates
         if not candidates:
             return None
         emptiest = min(self._generators[name].load for name in candidates)
@@ -157,6 +168,10 @@ class Balancer:
         now = self._clock()
         found = self._generators.items()
         return [name for name, known in found if name not in avoid and known.is_usable(now) and known.has_room]
+
+    def _has(self, name: str, accepts: Callable[[int], bool]) -> bool:
+        report = self._generators[name].report
+        return report is not None and any(map(accepts, report.versions))
 
     def sent(self, name: str, prefixes: Iterable[str]) -> None:
         """A request goes to a generator, which holds its prefixes from now on."""

@@ -21,6 +21,7 @@ _LOOK_S = 1.0
 class _Waiter:
     prefixes: Sequence[str]
     avoid: Collection[str]
+    accepts: Callable[[int], bool] | None
     placed: asyncio.Future[str]
 
 
@@ -40,18 +41,25 @@ class Dispatch:
     def num_waiting(self) -> int:
         return len(self._waiters)
 
-    async def place(self, prefixes: Sequence[str], avoid: Collection[str], until: float, patience_s: float) -> str:
+    async def place(
+        self,
+        prefixes: Sequence[str],
+        avoid: Collection[str],
+        until: float,
+        patience_s: float,
+        accepts: Callable[[int], bool] | None = None,
+    ) -> str:
         """The generator whose place the caller has from now on, and must give back by `ended`.
 
         Args:
-            prefixes: what the request shares with others, nearest first.
+            prefixes, avoid, accepts: see Balancer.choose.
             until: on our clock.
 
         Raises:
             Unavailable: there was none until then, or no generator was usable for `patience_s` seconds.
         """
         began = self._clock()
-        waiter = _Waiter(prefixes, avoid, asyncio.get_running_loop().create_future())
+        waiter = _Waiter(prefixes, avoid, accepts, asyncio.get_running_loop().create_future())
         self._waiters[waiter] = None
         try:
             self.wake()
@@ -89,7 +97,7 @@ class Dispatch:
         for waiter in list(self._waiters):
             if not self.balancer.has_room():
                 break
-            name = self.balancer.choose(waiter.prefixes, waiter.avoid)
+            name = self.balancer.choose(waiter.prefixes, waiter.avoid, waiter.accepts)
             if name is not None:
                 self.balancer.sent(name, waiter.prefixes)
                 del self._waiters[waiter]

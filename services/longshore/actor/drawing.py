@@ -151,8 +151,9 @@ class _Drawing:
             if reply is not None:
                 return reply
             avoid = frozenset(self._avoid | self._refused)
-            patience_s = self._drawer.limits.patience_s
-            name = await self._drawer.dispatch.place(self._wanted.prefixes, avoid, self._deadline, patience_s)
+            wanted, patience_s = self._wanted, self._drawer.limits.patience_s
+            accepts = None if wanted.version == _ANY_VERSION else wanted.accepts
+            name = await self._drawer.dispatch.place(wanted.prefixes, avoid, self._deadline, patience_s, accepts)
             had = len(self._builder.token_ids)
             try:
                 await self._try(name)

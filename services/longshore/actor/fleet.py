@@ -204,6 +204,7 @@ class Fleet:
                     status.waiting_requests,
                     status.max_running_requests,
                     status.kv_used_ratio,
+                    tuple(status.resident_versions) or (status.policy_version,),
                 ),
             )
             self._dispatch.wake()
@@ -240,7 +241,8 @@ def _failure(generator: str, error: grpc.aio.AioRpcError) -> TryFailed:
         return TryFailed(Trouble.REQUEST, details or "the policy version is gone", refused="version")
     if code is _Code.RESOURCE_EXHAUSTED:
         return TryFailed(Trouble.FULL, text)
-    if code is _Code.DEADLINE_EXCEEDED:
+    # What is pinned to a version may find no room, or the version may not have come: others are served all the same.
+    if code in (_Code.DEADLINE_EXCEEDED, _Code.ABORTED, _Code.NOT_FOUND):
         return TryFailed(Trouble.REQUEST, text)
     if code in (_Code.INTERNAL, _Code.UNKNOWN, _Code.UNIMPLEMENTED):
         return TryFailed(Trouble.FAULT, text)

@@ -32,6 +32,8 @@ class Report:
     max_running: int
     # Share of its KV cache in use, 0..1.
     kv_used_ratio: float
+    # Policy versions in memory, the served one first.
+    versions: tuple[int, ...] = ()
 
     @property
     def is_pressed(self) -> bool:

@@ -75,9 +75,9 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
         wanted = self._request(engine, request, context)
         try:
             await self._calls.have_resident(wanted)
-        except IntegrityError as error:
-            # It is not the request that is wrong: another generator may be able to prove the version.
-            raise Unavailable(f"the version cannot be proven here: {error}") from error
+        except (IntegrityError, Unavailable) as error:
+            # Nothing is wrong with the request, nor with this generator for others.
+            await context.abort(grpc.StatusCode.ABORTED, f"the pinned version cannot be had here now: {error}")
         if request.request_id in self._names:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"request {request.request_id!r} is running")
         try:
@@ -114,6 +114,7 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
             max_running_requests=engine.limits.slots,
             kv_used_ratio=status.kv_used_ratio,
             engine=engine_to_proto(engine.fingerprint),
+            resident_versions=() if status.version is None else (status.version, *status.beside),
         )
 
     def _open(self, request: EngineRequest, name: str, context: _Context) -> Call:

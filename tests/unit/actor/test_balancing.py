@@ -79,6 +79,19 @@ def test_a_prefix_stays_with_its_holder_unless_that_is_overloaded() -> None:
     assert world.send("7.0", "7") == other
 
 
+def test_whoever_has_the_version_comes_first() -> None:
+    world = World(3)
+    for name, versions in (("a", (7,)), ("b", (8, 5)), ("c", (7, 5))):
+        world.balancer.reported(name, Report(0, 0, 16, 0.0, versions))
+    world.balancer.sent("a", ["p"])
+    assert world.balancer.choose(["p"]) == "a"
+    assert world.balancer.choose(["p"], accepts=lambda version: version == 8) == "b"
+    assert {world.balancer.choose(["p"], accepts=lambda version: version == 5) for _ in range(20)} == {"b", "c"}
+    assert world.balancer.choose(["p"], accepts=lambda version: version >= 7) == "a"
+    # Nobody has it: somebody will have to bring it.
+    assert world.balancer.choose(["p"], accepts=lambda version: version == 3) == "a"
+
+
 def test_remembered_holders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balancing, "_MAX_HOLDERS", 3)
     world = World(2)

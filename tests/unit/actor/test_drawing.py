@@ -209,6 +209,14 @@ async def test_another_generator_may_still_have_the_version(two: Generators) -> 
         await two.draw(TICKET)
 
 
+@pytest.mark.parametrize("code", [Code.ABORTED, Code.NOT_FOUND])
+async def test_a_pinned_version_that_cannot_be_brought_is_held_against_nobody(one: Generators, code: Code) -> None:
+    one.scripts(0, *[(code,)] * 3, GOOD)
+    assert (await one.draw(TICKET)).token_ids == [7, 1]
+    assert one.balancer.next_pause_end() is None
+    assert len(asked(one)) == 4
+
+
 async def test_generators_that_fail_on_a_request_are_not_asked_for_ever(two: Generators) -> None:
     for number in range(2):
         two.scripts(number, (Code.INTERNAL,))

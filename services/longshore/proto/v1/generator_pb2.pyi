@@ -150,6 +150,7 @@ class GetStatusResponse(_message.Message):
     MAX_RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     KV_USED_RATIO_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    RESIDENT_VERSIONS_FIELD_NUMBER: _builtins.int
     policy_version: _builtins.int
     """Newest proven version; absent: none yet."""
     running_requests: _builtins.int
@@ -159,6 +160,10 @@ class GetStatusResponse(_message.Message):
     """Share of the KV cache in use, 0..1."""
     @_builtins.property
     def engine(self) -> _rollout_pb2.EngineFingerprint: ...
+    @_builtins.property
+    def resident_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Versions in memory, the served one first: requests that are pinned to one of them need not wait for its bytes."""
+
     def __init__(
         self,
         *,
@@ -168,10 +173,11 @@ class GetStatusResponse(_message.Message):
         max_running_requests: _builtins.int = ...,
         kv_used_ratio: _builtins.float = ...,
         engine: _rollout_pb2.EngineFingerprint | None = ...,
+        resident_versions: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_policy_version", b"_policy_version", "engine", b"engine", "policy_version", b"policy_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_policy_version", b"_policy_version", "engine", b"engine", "kv_used_ratio", b"kv_used_ratio", "max_running_requests", b"max_running_requests", "policy_version", b"policy_version", "running_requests", b"running_requests", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_policy_version", b"_policy_version", "engine", b"engine", "kv_used_ratio", b"kv_used_ratio", "max_running_requests", b"max_running_requests", "policy_version", b"policy_version", "resident_versions", b"resident_versions", "running_requests", b"running_requests", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__policy_version: _TypeAlias = _typing.Literal["policy_version"]  # noqa: Y015
     _WhichOneofArgType__policy_version: _TypeAlias = _typing.Literal["_policy_version", b"_policy_version"]  # noqa: Y015

@@ -57,7 +57,8 @@ class GeneratorServiceServicer:
         """Samples one reply. The stream ends with exactly one event that has `finish` set, or with a status:
         INVALID_ARGUMENT (empty prompt, token id out of range, context exceeded, bad sampling parameters),
         FAILED_PRECONDITION (the version constraint can no longer be met), UNAVAILABLE (no proven version, draining),
-        DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queue full; try another generator).
+        DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queue full; try another generator), NOT_FOUND (there is no such version),
+        ABORTED (a pinned version cannot be brought here now: no room, or no proof; another generator may have it).
         Weights may change while the reply is drawn; each event says which version made its tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

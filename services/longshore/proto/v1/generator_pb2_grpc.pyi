@@ -39,7 +39,8 @@ class GeneratorServiceStub:
     """Samples one reply. The stream ends with exactly one event that has `finish` set, or with a status:
     INVALID_ARGUMENT (empty prompt, token id out of range, context exceeded, bad sampling parameters),
     FAILED_PRECONDITION (the version constraint can no longer be met), UNAVAILABLE (no proven version, draining),
-    DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queue full; try another generator).
+    DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queue full; try another generator), NOT_FOUND (there is no such version),
+    ABORTED (a pinned version cannot be brought here now: no room, or no proof; another generator may have it).
     Weights may change while the reply is drawn; each event says which version made its tokens.
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_generator_pb2.GetStatusRequest, _generator_pb2.GetStatusResponse]
@@ -56,7 +57,8 @@ class GeneratorServiceAsyncStub(GeneratorServiceStub):
     """Samples one reply. The stream ends with exactly one event that has `finish` set, or with a status:
     INVALID_ARGUMENT (empty prompt, token id out of range, context exceeded, bad sampling parameters),
     FAILED_PRECONDITION (the version constraint can no longer be met), UNAVAILABLE (no proven version, draining),
-    DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queue full; try another generator).
+    DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queue full; try another generator), NOT_FOUND (there is no such version),
+    ABORTED (a pinned version cannot be brought here now: no room, or no proof; another generator may have it).
     Weights may change while the reply is drawn; each event says which version made its tokens.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_generator_pb2.GetStatusRequest, _generator_pb2.GetStatusResponse]  # type: ignore[assignment]
@@ -76,7 +78,8 @@ class GeneratorServiceServicer(metaclass=_abc_1.ABCMeta):
         """Samples one reply. The stream ends with exactly one event that has `finish` set, or with a status:
         INVALID_ARGUMENT (empty prompt, token id out of range, context exceeded, bad sampling parameters),
         FAILED_PRECONDITION (the version constraint can no longer be met), UNAVAILABLE (no proven version, draining),
-        DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queue full; try another generator).
+        DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queue full; try another generator), NOT_FOUND (there is no such version),
+        ABORTED (a pinned version cannot be brought here now: no room, or no proof; another generator may have it).
         Weights may change while the reply is drawn; each event says which version made its tokens.
         """
 
