@@ -28,6 +28,7 @@ from longshore.actor.dispatch import Dispatch
 from longshore.actor.drawing import Ask, TryFailed, Wanted
 from longshore.actor.limit import Report
 from longshore.actor.moving import Mover
+from longshore.errors import ConfigError
 from longshore.proto.v1 import generator_pb2, generator_pb2_grpc
 from longshore.rpc import convert
 from longshore.rpc.channel import channel
@@ -84,9 +85,11 @@ class Fleet:
         self._mover = mover
         self._observer = observer
         self._peers: dict[str, _Peer] = {}
+        # What was last said of a generator that cannot be talked to.
+        self._unfit = ""
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled. Raises ConfigError when none of the generators can be talked to from here."""
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._look(), name="generators-look")
@@ -127,17 +130,33 @@ class Fleet:
     async def _membership(self, group: asyncio.TaskGroup) -> None:
         found = {address.target: address for address in await self._book.read()}
         for target, address in found.items():
-            if target not in self._peers:
-                log.info("generator joins", generator=target, name=address.name)
-                peer = self._peers[target] = _Peer(address)
-                loops = (self._health(peer), self._reports(peer))
-                peer.tasks = [group.create_task(loop, name=f"generator-{target}") for loop in loops]
+            if target not in self._peers and not self._join(address, group):
+                continue
             if self._balancer.join(target):
                 # Perhaps not a new one, but one that had not left altogether.
                 self._balancer.serves(target, self._peers[target].serving)
+        if found and not self._peers:
+            # Then it is the settings that are wrong.
+            raise ConfigError(self._unfit)
         for target in [target for target in self._peers if target not in found]:
             await self._leave(target)
         self._dispatch.wake()
+
+    def _join(self, address: Address, group: asyncio.TaskGroup) -> bool:
+        """Whether it can be talked to from here."""
+        target = address.target
+        try:
+            peer = _Peer(address)
+        except ConfigError as error:
+            if self._unfit != str(error):
+                log.warning("generator cannot be used", generator=target, reason=str(error))
+            self._unfit = str(error)
+            return False
+        log.info("generator joins", generator=target, name=address.name)
+        self._peers[target] = peer
+        loops = (self._health(peer), self._reports(peer))
+        peer.tasks = [group.create_task(loop, name=f"generator-{target}") for loop in loops]
+        return True
 
     async def _leave(self, target: str) -> None:
         """It gets no more requests; what it draws may finish, and then its connection is closed."""

@@ -52,13 +52,15 @@ log = structlog.get_logger()
 async def serve(settings: ActorSettings, stop: asyncio.Event) -> None:
     """Runs until `stop`; raises Unavailable when the broker stays away for longer than its patience."""
     job = settings.load_job()
+    # What is wrong with it shall be said at once, not when the first version is there.
+    entries = parse_entries(settings.generator)
     server = RpcServer(settings.listen)
     await server.start()
     try:
         rendering = await until_stopped(lambda: _rendering(settings, job), stop, "the first policy version")
         if rendering is not None:
             log.info("ready", vocabulary=rendering[0].vocab_size)
-            await _run(settings, job, rendering, stop)
+            await _run(settings, job, entries, rendering, stop)
     finally:
         await server.drain(settings.drain_s)
 
@@ -77,7 +79,13 @@ async def _rendering(settings: ActorSettings, job: JobFile) -> tuple[Renderer, s
     return await asyncio.to_thread(Renderer, assets), described.assets_sha256
 
 
-async def _run(settings: ActorSettings, job: JobFile, rendering: tuple[Renderer, str], stop: asyncio.Event) -> None:
+async def _run(
+    settings: ActorSettings,
+    job: JobFile,
+    entries: tuple[str, ...],
+    rendering: tuple[Renderer, str],
+    stop: asyncio.Event,
+) -> None:
     counting = ActorMetrics(job.project, job.job, settings.site)
     async with contextlib.AsyncExitStack() as resources:
         redis = broker.connect(settings.broker_url, patience_s=_BROKER_CALL_S)
@@ -87,7 +95,7 @@ async def _run(settings: ActorSettings, job: JobFile, rendering: tuple[Renderer,
         place = await _open_spool(settings)
         if place is not None:
             resources.callback(place.spool.close)
-        fleet, drawer = _generators(settings, job, counting)
+        fleet, drawer = _generators(settings, job, entries, counting)
         maker = await resources.enter_async_context(_maker(settings, job, rendering, redis, drawer, counting))
         runner = Runner(
             settings.name,
@@ -154,11 +162,12 @@ async def _maker(
         )
 
 
-def _generators(settings: ActorSettings, job: JobFile, counting: ActorMetrics) -> tuple[Fleet, Drawer]:
-    """Raises ConfigError when LONGSHORE_GENERATOR cannot be read."""
+def _generators(
+    settings: ActorSettings, job: JobFile, entries: tuple[str, ...], counting: ActorMetrics
+) -> tuple[Fleet, Drawer]:
     balancer = Balancer(time.monotonic)
     dispatch, mover = Dispatch(balancer, time.monotonic), Mover(balancer, time.monotonic)
-    fleet = Fleet(job.ref, AddressBook(parse_entries(settings.generator)), dispatch, mover, counting)
+    fleet = Fleet(job.ref, AddressBook(entries), dispatch, mover, counting)
     limits = DrawLimits(settings.generate_timeout_s, settings.peer_patience_s)
     return fleet, Drawer(fleet, dispatch, mover, limits, counting, time.monotonic)
 

@@ -14,9 +14,10 @@ from generator_fleet import JOB, Generators
 from scripted_peers import event
 
 from longshore.actor import drawing, fleet, pace
+from longshore.actor.addresses import AddressBook
 from longshore.actor.drawing import MAX_FAULTS
 from longshore.actor.episode import AttemptFailed
-from longshore.errors import Rejected, Unavailable
+from longshore.errors import ConfigError, Rejected, Unavailable
 from longshore.proto.v1 import generator_pb2, rollout_pb2
 from longshore.types import (
     EngineFingerprint,
@@ -309,6 +310,18 @@ async def test_generators_join_and_leave(two: Generators) -> None:
     assert [len(asked(two, number)) for number in range(2)] == [1, 1]
     two.list(0, 1)
     await two.until_usable(0, 1)
+
+
+async def test_one_that_may_not_be_talked_to_hurts_nobody_unless_there_is_no_other(two: Generators) -> None:
+    # Off this machine, without TLS.
+    two.file.write_text(f"{two.file.read_text()}\n192.0.2.1:7000\n")
+    await asyncio.sleep(0.2)
+    assert len(two.balancer.usable()) == 2
+    alone = fleet.Fleet(JOB, AddressBook(["192.0.2.1:7000"]), two.dispatch, two.mover, two)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await asyncio.wait_for(alone.run(), 20)
+    (error,) = caught.value.exceptions
+    assert isinstance(error, ConfigError)
 
 
 async def test_one_that_does_not_serve_or_is_another_jobs_is_not_used(two: Generators) -> None:
