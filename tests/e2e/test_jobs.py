@@ -181,3 +181,51 @@ def test_learner_actor_and_broker_are_killed_and_nothing_is_lost(stack):
     uses = [tuple(use) for record in last.values() for use in record["uses"]]
     assert len(uses) == len(set(uses)) == STEPS * 128, "a rollout was used twice, or never"
     assert summary["reward_last"] > summary["reward_first"]
+
+
+def test_a_job_is_paused_forked_and_resumed(stack):
+    """What a pause stops goes on where it was; a fork begins with the weights that its parent had published."""
+    path = short_first_light(stack, steps=10, checkpoint_every=5)
+    document = yaml.safe_load(path.read_text())
+    document["warm_start"]["steps"], document["evaluation"]["tasks"] = 40, 0
+    path.write_text(yaml.safe_dump(document))
+    job_id = longshore(stack, "submit", str(path)).stdout.strip()
+    run = stack / "runs" / job_id
+    until(lambda: steps_done(run) >= 3, JOB_TIMEOUT_S, "step 3")
+    paused = longshore(stack, "pause", job_id)
+    assert paused.returncode == 0, paused.stderr
+    until(lambda: state_of(stack, job_id) == "paused", 60, "the pause")
+    at = steps_done(run)
+    assert at < 10
+    assert not {"learner", "actor-0", "generator-0"} & set(processes(stack))
+
+    changes = stack / "changes.yaml"
+    changes.write_text("name: forked\ntrain: {steps: 2, warmup_steps: 0}\n")
+    forked = longshore(stack, "fork", job_id, "--version", "2", "--changes", str(changes))
+    assert forked.returncode == 0, forked.stderr
+    resumed = longshore(stack, "resume", job_id)
+    assert resumed.returncode == 0, resumed.stderr
+    for name, steps in ((forked.stdout.strip(), 2), (job_id, 10)):
+        until(lambda name=name: state_of(stack, name) not in GOING, JOB_TIMEOUT_S, f"the end of {name}")
+        summary = json.loads((stack / "runs" / name / "summary.json").read_text())
+        assert (summary["state"], summary["steps"]) == ("succeeded", steps)
+        check_equation(summary)
+        lines = [
+            json.loads(line)["step"] for line in (stack / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        assert lines == list(range(1, steps + 1))
+    # Nothing that was made before the pause was lost, nor made twice.
+    records = [json.loads(line) for line in (run / "learner" / "batches.jsonl").read_text().splitlines()]
+    last = {record["step"]: record for record in records}
+    uses = [tuple(use) for record in last.values() for use in record["uses"]]
+    assert len(uses) == len(set(uses)) == 10 * 128
+
+
+GOING = ("queued", "starting", "running", "pausing", "paused")
+
+
+def state_of(folder: Path, job_id: str) -> str:
+    listed = longshore(folder, "jobs")
+    assert listed.returncode == 0, listed.stderr
+    (line,) = [line for line in listed.stdout.splitlines() if line.startswith(job_id)]
+    return line.split()[1]
