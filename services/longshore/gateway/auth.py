@@ -1,4 +1,4 @@
-"""Who a request is from: an API key, checked against the database, or the key that the gateway was started with.
+"""Who a request is from: an API key, checked against the database, the gateway's root key, or an OIDC token.
 
 A handler says what it needs by the type of a parameter: `Viewer`, `Submitter`, `Admin`, or a job that its caller may
 look at (`ViewedJob`) or steer (`SteeredJob`). There is no other way to a job, so that none is forgotten.
@@ -19,6 +19,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from longshore.errors import Forbidden, NotFound
 from longshore.gateway.api_keys import ApiKeys
+from longshore.gateway.oidc import Tokens
 from longshore.gateway.principal import Principal, Role
 from longshore.gateway.problems import Problem
 from longshore.gateway.rate_limit import Rate, RateLimiter
@@ -35,9 +36,14 @@ _JOB_ID = re.compile(r"[a-z0-9-]{1,64}")
 class Authenticator:
     """Checks keys, and how often each caller asks."""
 
-    def __init__(self, keys: ApiKeys, root_key: str, rate: Rate = CALLER_RATE) -> None:
-        """`root_key`: of the role admin in every project; what makes the first keys."""
+    def __init__(self, keys: ApiKeys, root_key: str, rate: Rate = CALLER_RATE, tokens: Tokens | None = None) -> None:
+        """
+        Args:
+            root_key: of the role admin in every project; what makes the first keys.
+            tokens: OIDC tokens that are taken beside keys.
+        """
         self._keys = keys
+        self._tokens = tokens
         self._root_digest = _digest(root_key)
         self._callers = RateLimiter(rate)
         self._strangers = RateLimiter(STRANGER_RATE)
@@ -59,7 +65,9 @@ class Authenticator:
         if hmac.compare_digest(_digest(text), self._root_digest):
             return Principal(ROOT, None, Role.ADMIN)
         key = await self._keys.find(text)
-        return None if key is None else key.principal
+        if key is not None:
+            return key.principal
+        return await self._tokens.find(text) if self._tokens is not None else None
 
 
 def _check_rate(wait_s: float) -> None:
@@ -71,7 +79,9 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-_bearer = HTTPBearer(auto_error=False, scheme_name="api_key", description="An API key: `longshore keys create`")
+_bearer = HTTPBearer(
+    auto_error=False, scheme_name="api_key", description="An API key (`longshore keys create`), or an OIDC token"
+)
 
 
 async def _caller(

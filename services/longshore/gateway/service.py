@@ -20,6 +20,7 @@ from longshore.gateway.database import Database
 from longshore.gateway.driver import Parts
 from longshore.gateway.jobs import Jobs, Places
 from longshore.gateway.keys import rotate_key
+from longshore.gateway.oidc import Issuer, Tokens
 from longshore.gateway.places import Limits
 from longshore.gateway.prepare import job_paths, prepare
 from longshore.gateway.projects import Projects
@@ -68,7 +69,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
             keys=keys,
             projects=projects,
             audit=AuditLog(database),
-            authenticate=Authenticator(keys, root_key),
+            authenticate=Authenticator(keys, root_key, tokens=_tokens(settings)),
             rotate=_rotation(settings),
             runs_dir=settings.runs_dir,
         )
@@ -86,6 +87,14 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
             await asyncio.wait({http, looking}, return_when=asyncio.FIRST_COMPLETED)
             stop.set()
         await rpc.drain(settings.drain_s)
+
+
+def _tokens(settings: GatewaySettings) -> Tokens | None:
+    if settings.oidc_issuer is None:
+        return None
+    if settings.oidc_jwks_url is None:
+        raise ConfigError("LONGSHORE_OIDC_ISSUER needs LONGSHORE_OIDC_JWKS_URL: where the issuer publishes its keys")
+    return Tokens(Issuer(settings.oidc_issuer, settings.oidc_audience, settings.oidc_jwks_url))
 
 
 def _paths(settings: GatewaySettings, job_id: str) -> JobPaths:
