@@ -113,8 +113,8 @@ async def test_other_tokens_are_nobodys(server: KeyServer, tokens: Tokens, wrong
 
 async def test_signatures_that_are_none(server: KeyServer, tokens: Tokens) -> None:
     claims = {"iss": ISSUER, "aud": "longshore", "exp": time.time() + 600, **CLAIMS}
-    # A public key taken for a shared secret: PyJWT itself refuses to sign so, an attacker would not.
-    public = json.dumps(server.public()[0])
+    # What everybody knows taken for a shared secret.
+    public = server.public()[0]["x"]
     confused = jwt.PyJWS().encode(json.dumps(claims).encode(), public, "HS256", {"kid": "k1"})
     head, body, signature = server.token().split(".")
     other = server.token(sub="eve").split(".")[1]
