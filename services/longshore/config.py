@@ -72,6 +72,9 @@ class TasksSpec(Spec):
     dataset: str | None = None
     options: Json = Field(default_factory=dict)
     curriculum: CurriculumSpec | None = Field(None, description="absent: every task as often as every other")
+    examples: int = Field(
+        0, ge=0, le=64, description="solved training tasks that are shown as earlier turns before every problem"
+    )
     heldout_fraction: float = Field(
         0.1, ge=0.0, le=0.5, description="share of task texts kept from all training, chosen by a hash of the text"
     )
@@ -308,6 +311,9 @@ class JobSpec(Spec):
         if self.generator.engine == "vllm" and not 0.01 <= self.sampling.temperature <= 2:
             message = "must lie in 0.01..2 with generator.engine vllm"
             misfits.append(Misfit("sampling.temperature", self.sampling.temperature, message, ("generator.engine",)))
+        if self.tasks.examples and self.environment.name != "single-turn":
+            message = "is for environment.name single-turn: others make their own conversation of a task"
+            misfits.append(Misfit("tasks.examples", self.tasks.examples, message, ("environment.name",)))
         if self.train.warmup_steps > self.train.steps:
             message = f"must not exceed train.steps {self.train.steps}"
             misfits.append(Misfit("train.warmup_steps", self.train.warmup_steps, message, ("train.steps",)))

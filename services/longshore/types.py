@@ -91,6 +91,13 @@ class Task:
     # JSON-compatible; the task source and the verifier agree on what is in it.
     info: dict[str, object] = field(default_factory=dict)
     environment: str = "single-turn"
+    # Messages, from the first on, that are solved examples and no part of the problem.
+    num_example_messages: int = 0
+
+    @property
+    def problem(self) -> tuple[Message, ...]:
+        """The messages without the examples."""
+        return self.messages[self.num_example_messages :]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ def summary_rows(summary: dict[str, Any], run_dir: Path, job_file: str | None) -
     return [
         ("reward", f"{_change(summary, 'reward_first', 'reward_last')}  (first 5 train steps -> last 10 %)"),
         ("held out", f"{_change(summary, 'eval_before', 'eval_after')}  (before -> after)"),
+        *_paired(summary),
         ("rollouts", _rollouts(summary)),
         ("staleness", f"mean {_number(summary.get('staleness_mean'))}, max {summary.get('staleness_max', '-')}"),
         ("policy", f"version {summary.get('policy_version', '-')} after {summary.get('steps', '-')} train steps"),
@@ -35,6 +36,15 @@ def _rollouts(summary: dict[str, Any]) -> str:
     issued, trained = summary.get("rollouts_issued", 0), summary.get("rollouts_trained", 0)
     text = f"{issued:,} issued = {trained:,} trained + {sum(accounted.values()):,} accounted"
     return f"{text} ({reasons})" if reasons else text
+
+
+def _paired(summary: dict[str, Any]) -> Rows:
+    """Whether the difference on held-out tasks can be chance."""
+    paired = summary.get("eval_paired")
+    if not paired:
+        return []
+    text = f"{paired['better']:,} better, {paired['worse']:,} worse of {paired['tasks']:,}"
+    return [("paired", f"{text}: p = {paired['p']:.2g}  (exact; by chance, either way)")]
 
 
 def _change(summary: dict[str, Any], first: str, last: str) -> str:

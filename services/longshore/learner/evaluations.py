@@ -94,7 +94,7 @@ class Evaluations:
         scored = [reward for reward in rewards if reward is not None]
         result = Evaluation(**asdict(running), tasks=len(groups), scored=len(scored), interval=interval_of(scored))
         self._progress.evaluating.remove(running)
-        self._progress.add_evaluation(result)
+        self._progress.add_evaluation(result, rewards)
         self._told = result.metrics()
         await self._reporter.evaluation(running, groups, result)
         for group in groups:

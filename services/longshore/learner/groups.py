@@ -144,6 +144,7 @@ class Group:
                 "answer": task.answer,
                 "info": task.info,
                 "environment": task.environment,
+                "num_example_messages": task.num_example_messages,
             },
         }
 
@@ -163,6 +164,8 @@ class Group:
                 answer=None if task["answer"] is None else str(task["answer"]),
                 info=as_mapping(task["info"]),
                 environment=str(task["environment"]),
+                # Checkpoints that are older than examples have none.
+                num_example_messages=as_int(task.get("num_example_messages", 0)),
             ),
             ended={as_int(index): str(outcome) for index, outcome in map(as_list, as_list(state["ended"]))},
             baseline=None if baseline is None else Baseline(tuple(as_float(number) for number in as_list(baseline))),

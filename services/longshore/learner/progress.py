@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from longshore.learner.intervals import Interval
+from longshore.learner.paired import Paired, paired
 
 # Evaluations that a checkpoint and a summary hold; of more, the oldest are left out.
 REMEMBERED_EVALUATIONS = 1000
@@ -61,6 +62,8 @@ class Progress:
     results: list[Evaluation] = field(default_factory=list)
     # Those under way, in the order in which they were begun.
     evaluating: list[Evaluating] = field(default_factory=list)
+    # The same two, task by task in the order of the held-out tasks; None: no rollout came of it.
+    heldout_rewards: dict[str, list[float | None]] = field(default_factory=dict)
     # Over the rollouts of all batches.
     staleness_sum: int = 0
     staleness_count: int = 0
@@ -76,12 +79,19 @@ class Progress:
         steps = [result.step for result in self.results] + [running.step for running in self.evaluating]
         return max(steps, default=0)
 
-    def add_evaluation(self, result: Evaluation) -> None:
-        """Notes what came of an evaluation."""
+    def add_evaluation(self, result: Evaluation, rewards: list[float | None]) -> None:
+        """Notes what came of an evaluation; `rewards` has one a held-out task, None where no rollout came of it."""
         self.results.append(result)
         del self.results[:-REMEMBERED_EVALUATIONS]
         if result.when != "step":
+            self.heldout_rewards[result.when] = rewards
             self.evaluations[result.when] = 0.0 if result.interval is None else result.interval.mean
+
+    @property
+    def paired(self) -> Paired | None:
+        """The held-out tasks before against after; None unless there were both evaluations."""
+        before, after = (self.heldout_rewards.get(when) for when in ("before", "after"))
+        return None if before is None or after is None else paired(before, after)
 
     def add_staleness(self, values: list[int]) -> None:
         self.staleness_sum += sum(values)

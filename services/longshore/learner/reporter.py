@@ -163,6 +163,7 @@ class Reporter:
             "eval_before": progress.evaluations.get("before"),
             "eval_after": progress.evaluations.get("after"),
             "evaluations": [_row(result) for result in progress.results],
+            "eval_paired": None if progress.paired is None else asdict(progress.paired),
             "staleness_mean": progress.staleness_mean,
             "staleness_max": progress.staleness_max,
             "seconds": round(time.time() - progress.started_at, 1),

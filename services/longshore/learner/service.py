@@ -37,7 +37,7 @@ from longshore.rollout_queue.blobs import Blobs
 from longshore.rpc.process import run_process
 from longshore.rpc.server import RpcServer
 from longshore.settings import JobFile
-from longshore.tasks.registry import SOURCES, load
+from longshore.tasks.examples import open_source
 from longshore.tasks.rendering import Renderer
 from longshore.tasks.source import FirstTasks, TaskSource, TrainCursor, heldout_tasks
 from longshore.weights.client import WeightsClient
@@ -196,9 +196,7 @@ async def _warm_start(
 
 
 def _task_source(job: JobFile) -> TaskSource:
-    spec = job.spec
-    source: TaskSource = load(SOURCES, spec.tasks.source)(spec.tasks, spec.seed, spec.environment.name)
-    return source
+    return open_source(job.spec.tasks, job.spec.seed, job.spec.environment.name)
 
 
 def _limits(spec: JobSpec, policy: torch.nn.Module, renderer: Renderer) -> Limits:

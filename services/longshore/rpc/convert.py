@@ -106,6 +106,7 @@ def task_to_proto(task: t.Task) -> task_pb2.Task:
         answer=task.answer,
         info_json=json.dumps(task.info) if task.info else "",
         environment=task.environment,
+        num_example_messages=task.num_example_messages,
     )
 
 
@@ -116,6 +117,7 @@ def task_from_proto(message: task_pb2.Task) -> t.Task:
         answer=message.answer if message.HasField("answer") else None,
         info=json_object(message.info_json, "task.info_json"),
         environment=message.environment,
+        num_example_messages=min(message.num_example_messages, len(message.messages)),
     )
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from longshore.config import DirectoryModel, JobSpec, parse_what_stands
 from longshore.errors import Fault, InvalidJobSpec, PluginError
 from longshore.job_faults import is_told
 from longshore.tasks import registry
 from longshore.tasks.environment import declaration_fault
+from longshore.tasks.examples import open_source
 from longshore.tasks.source import TaskSource, scan_heldout, scan_limit, too_few
 from longshore.types import Task
 
@@ -42,10 +42,10 @@ def check_job(spec: JobSpec) -> list[Fault]:
     faults += _check_plugin(registry.ENVIRONMENTS, "environment", spec.environment.name, spec.environment.options)
     faults += _check_plugin(registry.VERIFIERS, "verifier", spec.verifier.name, spec.verifier.options)
     try:
-        kind = registry.load(registry.SOURCES, spec.tasks.source)
+        registry.load(registry.SOURCES, spec.tasks.source)
     except PluginError as error:
         return [*faults, Fault("tasks.source", spec.tasks.source, str(error))]
-    return faults + _guarded("tasks", spec.tasks.source, lambda: _check_tasks(spec, kind))
+    return faults + _guarded("tasks", spec.tasks.source, lambda: _check_tasks(spec))
 
 
 def _check_model(spec: JobSpec) -> list[Fault]:
@@ -87,8 +87,8 @@ def _guarded(path: str, value: object, check: Callable[[], list[Fault]]) -> list
         return [Fault(path, value, f"the plug-in failed: {error or type(error).__name__}")]
 
 
-def _check_tasks(spec: JobSpec, kind: type[Any]) -> list[Fault]:
-    source: TaskSource = kind(spec.tasks, spec.seed, spec.environment.name)
+def _check_tasks(spec: JobSpec) -> list[Fault]:
+    source = open_source(spec.tasks, spec.seed, spec.environment.name)
     sample = []
     for ordinal in range(SAMPLE_TASKS):
         if (task := source.task(ordinal)) is None:

@@ -55,14 +55,25 @@ class TaskSource(Protocol):
 
 
 def prompt_text(task: Task) -> str:
-    """The task's text as the split sees it: every message, so that equal conversations are equal texts."""
-    return json.dumps([[message.role, message.content] for message in task.messages], ensure_ascii=False)
+    """The task's text as the split sees it: every message of the problem, so that equal conversations are equal texts.
+    Examples that come before the problem are left out: who shows some more of them gets the same split."""
+    return json.dumps([[message.role, message.content] for message in task.problem], ensure_ascii=False)
 
 
 def is_heldout(task: Task, fraction: float) -> bool:
     """Whether a task's text belongs to the held-out share."""
     digest = hashlib.sha256(prompt_text(task).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") % _BUCKETS < fraction * _BUCKETS
+
+
+def is_shown(task: Task) -> bool:
+    """Whether a task's problem, with its answer, is one of the examples that come before it."""
+    examples, problem = task.messages[: task.num_example_messages], (*task.problem, None)
+    width = len(problem)
+    return any(
+        examples[start : start + width - 1] == problem[:-1] and examples[start + width - 1].role == "assistant"
+        for start in range(len(examples) - width + 1)
+    )
 
 
 class TrainCursor:
@@ -79,7 +90,7 @@ class TrainCursor:
         self.state = state
 
     def next(self) -> Task:
-        """The next task that is not held out. Raises ConfigError when there is none."""
+        """The next task that is neither held out nor shown as an example. Raises ConfigError when there is none."""
         if self._source.size == 0:
             raise ConfigError("tasks: the source is empty")
         size = self._source.size
@@ -88,7 +99,7 @@ class TrainCursor:
             if task is None:
                 raise ConfigError(f"tasks: the source ended before its size of {self._source.size} tasks")
             self.state += 1
-            if not is_heldout(task, self._fraction):
+            if not is_heldout(task, self._fraction) and not is_shown(task):
                 return task
         raise ConfigError(f"tasks: no task is left to train on with heldout_fraction {self._fraction}")
 

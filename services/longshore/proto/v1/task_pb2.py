@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from longshore.proto.v1 import attachment_pb2 as longshore_dot_proto_dot_v1_dot_attachment__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dlongshore/proto/v1/task.proto\x12\x12longshore.proto.v1\x1a#longshore/proto/v1/attachment.proto\"]\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x33\n\x0b\x61ttachments\x18\x03 \x03(\x0b\x32\x1e.longshore.proto.v1.Attachment\"\x8e\x01\n\x04Task\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12-\n\x08messages\x18\x02 \x03(\x0b\x32\x1b.longshore.proto.v1.Message\x12\x13\n\x06\x61nswer\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x11\n\tinfo_json\x18\x04 \x01(\t\x12\x13\n\x0b\x65nvironment\x18\x05 \x01(\tB\t\n\x07_answerb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dlongshore/proto/v1/task.proto\x12\x12longshore.proto.v1\x1a#longshore/proto/v1/attachment.proto\"]\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x33\n\x0b\x61ttachments\x18\x03 \x03(\x0b\x32\x1e.longshore.proto.v1.Attachment\"\xac\x01\n\x04Task\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12-\n\x08messages\x18\x02 \x03(\x0b\x32\x1b.longshore.proto.v1.Message\x12\x13\n\x06\x61nswer\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x11\n\tinfo_json\x18\x04 \x01(\t\x12\x13\n\x0b\x65nvironment\x18\x05 \x01(\t\x12\x1c\n\x14num_example_messages\x18\x06 \x01(\rB\t\n\x07_answerb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,5 +35,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MESSAGE']._serialized_start=90
   _globals['_MESSAGE']._serialized_end=183
   _globals['_TASK']._serialized_start=186
-  _globals['_TASK']._serialized_end=328
+  _globals['_TASK']._serialized_end=358
 # @@protoc_insertion_point(module_scope)

@@ -59,6 +59,7 @@ class Task(_message.Message):
     ANSWER_FIELD_NUMBER: _builtins.int
     INFO_JSON_FIELD_NUMBER: _builtins.int
     ENVIRONMENT_FIELD_NUMBER: _builtins.int
+    NUM_EXAMPLE_MESSAGES_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """Stable across restarts: the same source, options and seed give the same id to the same problem."""
     answer: _builtins.str
@@ -67,6 +68,10 @@ class Task(_message.Message):
     """JSON object (UTF-8, at most 256 KiB) that the task's source and verifier agree on."""
     environment: _builtins.str
     """Name of the environment that the actor runs, for example "single-turn"."""
+    num_example_messages: _builtins.int
+    """How many of the messages, from the first on, are solved examples that come before the problem: the conversation is
+    the same for every task of a job up to there, and the split into training and held-out tasks does not look at it.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """The conversation so far. A plain-string prompt is one user message."""
@@ -79,10 +84,11 @@ class Task(_message.Message):
         answer: _builtins.str | None = ...,
         info_json: _builtins.str = ...,
         environment: _builtins.str = ...,
+        num_example_messages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_answer", b"_answer", "answer", b"answer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_answer", b"_answer", "answer", b"answer", "environment", b"environment", "info_json", b"info_json", "messages", b"messages", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_answer", b"_answer", "answer", b"answer", "environment", b"environment", "info_json", b"info_json", "messages", b"messages", "num_example_messages", b"num_example_messages", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__answer: _TypeAlias = _typing.Literal["answer"]  # noqa: Y015
     _WhichOneofArgType__answer: _TypeAlias = _typing.Literal["_answer", b"_answer"]  # noqa: Y015
