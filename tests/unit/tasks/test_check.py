@@ -110,12 +110,31 @@ def test_too_few_heldout_tasks(tmp_path: Path) -> None:
 
 def test_a_directory_that_is_no_checkpoint(tmp_path: Path) -> None:
     model = {"kind": "directory", "path": str(tmp_path)}
-    assert faults(model=model) == [
-        "model.path: is not a Hugging Face checkpoint: config.json, tokenizer.json, *.safetensors missing"
+    assert [fault.split(":")[:2] for fault in faults(model=model)] == [
+        ["model.path", " has no config.json"],
+        ["model.path", " has no *.safetensors"],
+        ["model.path", " has no tokenizer.json"],
     ]
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+    for name in ("tokenizer.json", "model.safetensors"):
         (tmp_path / name).touch()
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    assert faults(model=model) == [
+        "model.path: is a BertModel, and only decoders with their head (...ForCausalLM) are trained"
+    ]
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     assert faults(model=model) == []
+
+
+def test_models_of_other_sources_are_told_by_their_names(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    assert faults(model={"kind": "gguf", "path": str(file)}) == [
+        "model.path: cannot be read: No such file or directory"
+    ]
+    file.write_bytes(b"GGUF")
+    assert faults(model={"kind": "gguf", "path": str(file)}) == []
+    assert faults(model={"kind": "hub", "name": "someone/model"}) == []
+    with pytest.raises(InvalidJobSpec, match=r"model\.name"):
+        job(model={"kind": "hub", "name": "../../etc/passwd"})
 
 
 BAD_PLUGINS = """
