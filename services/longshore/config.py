@@ -144,6 +144,19 @@ class ComputeSpec(Spec):
     )
 
 
+class LoraSpec(Spec):
+    """Adapters in place of all weights; see docs/learner.md. Needs longshore[lora] where the learner runs."""
+
+    rank: int = Field(16, ge=1, le=4096)
+    alpha: float = Field(32.0, gt=0, le=1e6, description="what the adapters add is scaled by alpha / rank")
+    target_modules: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")], ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        max_length=64,
+        description="projections of every layer that get one, by the last part of their names",
+    )
+
+
 class TrainSpec(Spec):
     """The learner's loop. A batch is `groups_per_step * group_size` rollouts."""
 
@@ -176,6 +189,7 @@ class TrainSpec(Spec):
     )
     replay: ReplaySpec | None = Field(None, description="absent: each rollout is trained on once")
     compute: ComputeSpec = ComputeSpec()
+    lora: LoraSpec | None = Field(None, description="absent: all weights are trained")
 
     @model_validator(mode="after")
     def _credit_fits(self) -> TrainSpec:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longshore.errors import IntegrityError
+from longshore.errors import ConfigError, IntegrityError
 from longshore.learner.trainer import Trainer
 
 log = structlog.get_logger()
@@ -31,6 +31,8 @@ log = structlog.get_logger()
 _FULL_TEXTS = ("StorageFull", f"code: {errno.ENOSPC}", f"os error {errno.ENOSPC}")
 
 KEEP = 2
+# Of a snapshot's state: the weights that its adapters are adapters of.
+_BASE = "base_weights"
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,22 @@ def take_snapshot(trainer: Trainer, step: int, state: dict[str, object]) -> Snap
         for which, weights in trainer.frozen.weights.items()
         for name, value in weights.items()
     }
+    if trainer.adapters is not None:
+        state = {**state, _BASE: trainer.adapters.base_digest}
     return Snapshot(step, policy, optimizer, torch.get_rng_state(), frozen, state)
 
 
 def restore_snapshot(trainer: Trainer, snapshot: Snapshot) -> None:
-    """Puts a snapshot's tensors back into the policy and the optimizer."""
+    """Puts a snapshot's tensors back into the policy and the optimizer.
+
+    Raises:
+        ConfigError: it holds adapters of another model.
+    """
+    if trainer.adapters is not None and snapshot.state.get(_BASE) != trainer.adapters.base_digest:
+        raise ConfigError(
+            "the job's model has other weights than the one that its adapters were trained beside: put the checkpoint "
+            "that job.json names back as it was"
+        )
     with torch.no_grad():
         for name, parameter in trainer.named_parameters():
             parameter.copy_(snapshot.policy[name])

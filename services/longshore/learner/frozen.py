@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from longshore.learner.lora import trained_parameters
+
 REFERENCE, ANCHOR = "reference", "anchor"
 
 
@@ -53,10 +55,10 @@ class FrozenPolicies:
 
 
 def _copied(policy: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in trained_parameters(policy)}
 
 
 def _assign(policy: torch.nn.Module, weights: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, parameter in policy.named_parameters():
+        for name, parameter in trained_parameters(policy):
             parameter.copy_(weights[name])

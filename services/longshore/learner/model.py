@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from longshore.config import DirectoryModel, GgufModel, HubModel, JobSpec, NewModel
 from longshore.errors import ConfigError
+from longshore.learner.lora import merged_parameters
 from longshore.learner.model_sources import ASSET_FILES, checkpoint_folder
 from longshore.model_files import checkpoint_faults
 from longshore.types import Task
@@ -142,9 +143,9 @@ def _named(model: DirectoryModel | HubModel | GgufModel) -> str:
 
 
 def save_checkpoint(policy: torch.nn.Module, assets: dict[str, bytes], folder: Path) -> None:
-    """Writes a Hugging Face checkpoint: what `AutoModelForCausalLM.from_pretrained` loads."""
+    """Writes a Hugging Face checkpoint: what `AutoModelForCausalLM.from_pretrained` loads. Adapters are merged in."""
     folder.mkdir(parents=True, exist_ok=True)
-    policy.save_pretrained(folder, safe_serialization=True)
+    policy.save_pretrained(folder, state_dict=merged_parameters(policy), safe_serialization=True)
     for name, content in assets.items():
         # The weights were saved with their own config; the tokenizer files are added.
         if name not in ("config.json", "generation_config.json"):

@@ -17,6 +17,7 @@ import torch
 from longshore.errors import NotFound
 from longshore.learner.disk import when_there_is_room
 from longshore.learner.durable_lines import append_line, read_lines
+from longshore.learner.lora import holding, merged_parameters
 from longshore.learner.trainer import canary_logprobs
 from longshore.signing import SigningKey
 from longshore.weight_store.version import EVALUATED
@@ -141,30 +142,13 @@ class Publisher:
 
     def _copy(self, policy: torch.nn.Module) -> tuple[list[Tensor], CanaryProbe]:
         dtype = _DTYPES[self._dtype]
-        rounded = {name: parameter.detach().to(dtype) for name, parameter in policy.named_parameters()}
+        rounded = {name: parameter.to(dtype) for name, parameter in merged_parameters(policy).items()}
         tensors = [
             Tensor(name, self._dtype, tuple(value.shape), value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             for name, value in rounded.items()
         ]
         # The canary is computed with the weights as published, so that rounding is not taken for a fault.
         widened = {name: value.float() for name, value in rounded.items()}
-        with _parameters(policy, widened):
+        with holding(policy, widened):
             logprobs = canary_logprobs(policy, self._canary)
         return tensors, CanaryProbe(tuple(self._canary), tuple(logprobs))
-
-
-class _parameters:  # noqa: N801 - used as a context manager, reads as a verb
-    """Runs a block with other values in a module's parameters."""
-
-    def __init__(self, policy: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-        self._policy = policy
-        self._values = values
-
-    def __enter__(self) -> None:
-        self._kept = {name: parameter.data for name, parameter in self._policy.named_parameters()}
-        for name, parameter in self._policy.named_parameters():
-            parameter.data = self._values[name]
-
-    def __exit__(self, *error: object) -> None:
-        for name, parameter in self._policy.named_parameters():
-            parameter.data = self._kept[name]

@@ -87,7 +87,7 @@ async def _run(
     seen = islice(iter(tasks.next, None), TOKENIZER_TASKS)
     policy, assets = await asyncio.to_thread(build_policy, spec, seen, settings.models_dir)
     renderer = Renderer(assets)
-    trainer = Trainer(policy, spec.train, spec.max_sampled)
+    trainer = Trainer(policy, spec.train, spec.max_sampled, spec.seed)
     if snapshot is None:
         try:
             snapshot = await _first_light(job, trainer, renderer, source, reporter, checkpoints, link, stop)
@@ -138,6 +138,8 @@ async def _run(
     state = await LearnerLoop(parts).run()
     await reporter.phase("saving")
     await asyncio.to_thread(save_checkpoint, policy, assets, settings.run_dir / "checkpoint")
+    if trainer.adapters is not None:
+        await asyncio.to_thread(trainer.adapters.save, settings.run_dir / "adapter")
     summary = await reporter.finish(state, progress, ledger)
     log.info("finished", **summary)
 

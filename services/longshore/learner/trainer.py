@@ -15,6 +15,7 @@ from longshore.config_credit import Gae
 from longshore.learner.batch import MicroBatch, micro_batches
 from longshore.learner.batch_loss import BatchLoss, Others, Scores
 from longshore.learner.frozen import FrozenPolicies
+from longshore.learner.lora import Adapters, trained_parameters
 from longshore.learner.objectives.registry import build_objective
 from longshore.learner.policy_compute import PolicyCompute
 from longshore.learner.sequences import TrainSequence
@@ -26,12 +27,16 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Trainer:
     """Policy, optimizer and schedule. `step` is deterministic: same state and batch, same bits (on CPU)."""
 
-    def __init__(self, policy: torch.nn.Module, spec: TrainSpec, reply_limit: int | None = None) -> None:
+    def __init__(self, policy: torch.nn.Module, spec: TrainSpec, reply_limit: int | None = None, seed: int = 0) -> None:
         """
         Args:
             policy: in float32.
             spec: of the job.
             reply_limit: the most tokens that a rollout can have sampled; only for normalisation by a constant.
+            seed: of the adapters' first weights, where the job trains those.
+
+        Raises:
+            ConfigError: this policy cannot be trained so, or not on this machine.
         """
         if reply_limit is None and spec.objective.normalise == "constant":
             raise ValueError("normalisation by a constant needs reply_limit")
@@ -39,6 +44,7 @@ class Trainer:
         self.spec = spec
         self._reply_limit = reply_limit
         self.objective = build_objective(spec.objective)
+        self.adapters = None if spec.lora is None else Adapters(policy, spec.lora, seed)
         self.compute = PolicyCompute(
             policy,
             device=spec.compute.device,
@@ -58,9 +64,9 @@ class Trainer:
         )
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """Everything that is trained: the policy, and a value head where there is one."""
+        """Everything that is trained: the policy or its adapters, and a value head where there is one."""
         head = [] if self.value_head is None else self.value_head.named_parameters(prefix="value_head")
-        return [*self.policy.named_parameters(), *head]
+        return [*trained_parameters(self.policy), *head]
 
     def learning_rate(self, step: int) -> float:
         """Rate of train step `step` (from 1): linear warm-up, then constant or linear to the final rate."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longshore.config import WarmStartSpec
 from longshore.errors import ConfigError
+from longshore.learner.lora import trained_parameters
 from longshore.tasks.rendering import Renderer
 from longshore.types import Task
 
@@ -58,7 +59,8 @@ def warm_start(
 
     `report(step, loss)` is called after each step; when it says False, training ends there.
     """
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=spec.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    trained = [parameter for _, parameter in trained_parameters(policy)]
+    optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / spec.steps, step))
     device = next(policy.parameters()).device
     policy.train()
@@ -67,7 +69,7 @@ def warm_start(
         loss = policy(input_ids=input_ids.to(device), labels=labels.to(device)).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         if not report(step, float(loss)):

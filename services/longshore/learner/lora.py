@@ -1,0 +1,141 @@
+"""LoRA: a policy whose weights stay as they are, and small adapters beside its projections that are trained (peft's).
+
+    y = x W^T + scale * (x A^T) B^T,   scale = alpha / rank,   A [rank, in], B [out, rank], B zero at first
+
+What leaves the learner is *merged*, W + scale * B A under W's own name: policy versions and the final checkpoint are
+those of an ordinary model, and every engine serves them. Gradients, optimizer state, references and the learner's own
+checkpoints are of the adapters alone. There is no dropout: a log-prob would differ from the engine's by chance.
+Source: Hu et al., arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from longshore.config import LoraSpec
+from longshore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WRAPPED = ".base_layer"
+_ADAPTER = "default"
+
+
+class Adapters:
+    """The adapters of one policy, which has them inside from here on."""
+
+    def __init__(self, policy: PreTrainedModel, spec: LoraSpec, seed: int) -> None:
+        """
+        Args:
+            policy: is changed: its projections get adapters, and nothing else of it is trained.
+            seed: of the adapters' first weights.
+
+        Raises:
+            ConfigError: peft is not installed, or the policy has no such projections.
+        """
+        peft = _peft()
+        _check_targets(policy, spec)
+        self.base_digest = _digest(policy)
+        config = peft.LoraConfig(
+            r=spec.rank,
+            lora_alpha=spec.alpha,
+            lora_dropout=0.0,
+            target_modules=list(spec.target_modules),
+            task_type="CAUSAL_LM",
+        )
+        torch.manual_seed(seed)
+        self._inside = peft.get_peft_model(policy, config)
+
+    def save(self, folder: Path) -> None:
+        """Writes the adapters as peft does: adapter_config.json and adapter_model.safetensors."""
+        self._inside.save_pretrained(folder, safe_serialization=True)
+
+
+def trained_parameters(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What a train step changes: all parameters, or those of the adapters."""
+    return ((name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad)
+
+
+def merged_parameters(policy: nn.Module) -> dict[str, Tensor]:
+    """Name -> value of the ordinary model that a policy amounts to; tied weights once. Not to be written to."""
+    layers = dict(_layers(policy))
+    merged = {}
+    for name, parameter in policy.named_parameters():
+        if name.partition(".lora_")[0] in layers:
+            continue
+        value = parameter.detach()
+        owner, wrapped, last = name.rpartition(f"{_WRAPPED}.")
+        if wrapped and last == "weight":
+            value = value + layers[owner].get_delta_weight(_ADAPTER).detach()
+        merged[_outer(name)] = value
+    return merged
+
+
+class holding:  # noqa: N801 - used as a context manager, reads as a verb
+    """Runs a block with other weights in a policy, by the names of `merged_parameters`; its adapters add nothing."""
+
+    def __init__(self, policy: nn.Module, values: dict[str, Tensor]) -> None:
+        self._policy = policy
+        self._values = values
+
+    def __enter__(self) -> None:
+        self._kept = [(parameter, parameter.data) for parameter in self._policy.parameters()]
+        for name, parameter in self._policy.named_parameters():
+            value = self._values.get(_outer(name))
+            if value is not None:
+                parameter.data = value
+            elif ".lora_B." in name:
+                parameter.data = torch.zeros_like(parameter)
+
+    def __exit__(self, *error: object) -> None:
+        for parameter, data in self._kept:
+            parameter.data = data
+
+
+def _outer(name: str) -> str:
+    """A parameter's name in the model without adapters."""
+    return name.replace(f"{_WRAPPED}.", ".")
+
+
+def _layers(policy: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers that have adapters, by name."""
+    return ((name, module) for name, module in policy.named_modules() if hasattr(module, "get_delta_weight"))
+
+
+def _check_targets(policy: PreTrainedModel, spec: LoraSpec) -> None:
+    outside = {policy.get_output_embeddings(), policy.get_input_embeddings()}
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in policy.named_modules()
+        if isinstance(module, nn.Linear) and module not in outside
+    }
+    unknown = sorted(set(spec.target_modules) - linear)
+    if unknown:
+        raise ConfigError(
+            f"train.lora.target_modules: a {type(policy).__name__} has no projections called {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(linear))}"
+        )
+
+
+def _digest(policy: nn.Module) -> str:
+    """Tells one model's weights from another's: adapters mean nothing beside other weights."""
+    digest = hashlib.sha256()
+    for name, parameter in policy.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError("train.lora needs peft: install longshore[lora] where the learner runs") from None
+    return peft
