@@ -13,8 +13,9 @@ import torch
 from builders import rollout
 from redis.asyncio import Redis
 
-from longshore.config import JobSpec, NewModel
+from longshore.config import JobSpec
 from longshore.config_curriculum import CurriculumSpec
+from longshore.config_model import NewModel
 from longshore.errors import Fenced
 from longshore.learner import issuer as issuing
 from longshore.learner import metrics, upkeep

@@ -23,7 +23,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from longshore.config import DirectoryModel, GgufModel, HubModel, JobSpec, NewModel
+from longshore.config import JobSpec
+from longshore.config_model import DirectoryModel, GgufModel, HubModel, NewModel
 from longshore.errors import ConfigError
 from longshore.learner.lora import merged_parameters
 from longshore.learner.model_sources import ASSET_FILES, checkpoint_folder

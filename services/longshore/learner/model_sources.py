@@ -12,7 +12,7 @@ import structlog
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from longshore.config import DirectoryModel, GgufModel, HubModel
+from longshore.config_model import DirectoryModel, GgufModel, HubModel
 from longshore.errors import ConfigError
 from longshore.model_files import CONFIG, INDEX, SAFETENSORS, gguf_fault
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from longshore.config import DirectoryModel, GgufModel, JobSpec, parse_what_stands
+from longshore.config import JobSpec, parse_what_stands
+from longshore.config_model import DirectoryModel, GgufModel
 from longshore.errors import Fault, InvalidJobSpec, PluginError
 from longshore.job_faults import is_told
 from longshore.model_files import checkpoint_faults, gguf_fault

@@ -4,7 +4,8 @@ import pytest
 import torch
 from builders import TASK, rollout
 
-from longshore.config import NewModel, TrainSpec
+from longshore.config import TrainSpec
+from longshore.config_model import NewModel
 from longshore.learner.checkpoint import load_newest, restore_snapshot, take_snapshot, write_checkpoint
 from longshore.learner.model import _new_model, character_tokenizer
 from longshore.learner.sequences import Credit, sequences_of

@@ -10,7 +10,8 @@ from builders import JOB, TASK, rollout
 from loss_batches import loss_of, sequence
 from prometheus_client import REGISTRY
 
-from longshore.config import NewModel, TrainSpec
+from longshore.config import TrainSpec
+from longshore.config_model import NewModel
 from longshore.errors import ConfigError
 from longshore.learner.credit.group import Baseline
 from longshore.learner.groups import Group, LateMember

@@ -13,7 +13,7 @@ import torch
 from tiny_llama import VOCABULARY, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from longshore.config import DirectoryModel, GgufModel, HubModel
+from longshore.config_model import DirectoryModel, GgufModel, HubModel
 from longshore.errors import ConfigError
 from longshore.learner.model import load_checkpoint
 from longshore.learner.model_sources import checkpoint_folder

@@ -6,7 +6,8 @@ import pytest
 import torch
 from builders import TASK, rollout
 
-from longshore.config import NewModel, TrainSpec
+from longshore.config import TrainSpec
+from longshore.config_model import NewModel
 from longshore.learner.batch import micro_batches
 from longshore.learner.batch_log import BatchLog, BatchRecord
 from longshore.learner.checkpoint import KEEP, load_newest, restore_snapshot, take_snapshot, write_checkpoint

@@ -9,8 +9,9 @@ from builders import TASK, rollout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longshore.config import NewModel, TrainSpec
+from longshore.config import TrainSpec
 from longshore.config_credit import Gae
+from longshore.config_model import NewModel
 from longshore.learner import trainer as trainer_module
 from longshore.learner.checkpoint import load_newest, restore_snapshot, take_snapshot, write_checkpoint
 from longshore.learner.model import _new_model, character_tokenizer
