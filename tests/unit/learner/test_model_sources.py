@@ -10,8 +10,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from tiny_llama import VOCABULARY, tiny_model
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from longshore.config_model import DirectoryModel, GgufModel, HubModel
 from longshore.errors import ConfigError
@@ -20,7 +19,16 @@ from longshore.learner.model_sources import checkpoint_folder
 from longshore.tasks.rendering import Renderer
 from longshore.types import Message
 
+VOCABULARY = 40
 TOKENS = [f"<|{number}|>" for number in range(3)] + [chr(97 + number) for number in range(VOCABULARY - 4)] + ["ab"]
+
+
+def tiny_model(seed: int) -> LlamaForCausalLM:
+    """Heads as wide as GGUF's llama has them unless it says otherwise."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.2, **shape, **heads)).eval()
 
 
 def turned(weight: torch.Tensor, heads: int) -> torch.Tensor:
