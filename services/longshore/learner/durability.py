@@ -102,12 +102,12 @@ class Durability:
         await when_there_is_room(lambda: write_checkpoint(self._folder, snapshot), "a checkpoint")
         again = self._lately() if told else []
         await self._parts.link.acknowledge(ends_of([*again, *covered]))
-        if buffer is not None:
-            # Also after it was confirmed that no other learner has taken over, who may need them.
-            await asyncio.to_thread(buffer.remove, files)
         self._parts.ledger.acknowledged(covered)
         now = time.monotonic()
         self._recent.extend((now, ending) for ending in covered)
+        if buffer is not None:
+            # The broker has just confirmed that no other learner has taken over, who may need them.
+            await asyncio.to_thread(buffer.remove, files)
         if told:
             await self.reconcile(told)
 

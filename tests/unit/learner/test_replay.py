@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from longshore.config_replay import ReplaySpec
 from longshore.errors import IntegrityError
+from longshore.learner.replay import buffer as buffer_module
 from longshore.learner.replay import files as group_files
 from longshore.learner.replay.buffer import ReplayBuffer
 from longshore.learner.replay.entry import Entry
@@ -162,6 +163,13 @@ def test_the_oldest_goes_when_there_is_no_room(tmp_path):
     assert sorted(ids(buffer.take(4, 4, 9))) == [2, 3]
     assert not buffer.offer(5, 5, group(5, rewards=(1.0, 0.0) * 3))
     assert buffer.num_bytes <= buffer._limit
+
+
+def test_there_is_a_most_number_of_groups_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(buffer_module, "MAX_GROUPS", 3)
+    buffer = buffer_in(tmp_path)
+    assert all(buffer.offer(n, n, group(n, version=n)) for n in range(5))
+    assert sorted(ids(buffer.take(6, 6, 9))) == [2, 3, 4]
 
 
 def test_a_narrow_reach_takes_less_and_younger(tmp_path):

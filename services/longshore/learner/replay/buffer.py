@@ -34,6 +34,9 @@ from longshore.types import Rollout
 
 log = structlog.get_logger()
 
+# Besides the bytes: each group takes some 250 bytes of every checkpoint's state, and its part in every draw.
+MAX_GROUPS = 32_768
+
 # (task_id, what its group says of it) -> estimated rate of success.
 Success = Callable[[str, float], float]
 
@@ -198,16 +201,20 @@ class ReplayBuffer:
     def _make_room(self, entry: Entry, moment: Moment) -> bool:
         """Lets others go until an entry fits. False, and nobody has gone, where it would have to go first itself."""
         over = self.num_bytes + entry.num_bytes - self._limit
+        many = len(self._entries) + 1 - MAX_GROUPS
+        if over <= 0 and many <= 0:
+            return True
         going: list[Entry] = []
         for other in sorted(self._entries.values(), key=lambda item: (self._order(item, moment), item.group_id)):
-            if over <= 0:
+            if over <= 0 and many <= 0:
                 break
             if self._order(other, moment) > self._order(entry, moment):
                 return False
             if other.group_id not in self._held:
                 going.append(other)
                 over -= other.num_bytes
-        if over > 0:
+                many -= 1
+        if over > 0 or many > 0:
             return False
         for other in going:
             self._drop(other)
