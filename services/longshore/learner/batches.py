@@ -15,8 +15,7 @@ import structlog
 
 from longshore.learner import metrics
 from longshore.learner.batch_log import BatchLog, BatchRecord
-from longshore.learner.credit.batch import Again, CreditedBatch, credit_batch
-from longshore.learner.credit.group import has_signal
+from longshore.learner.credit.batch import Again, CreditedBatch, credit_batch, group_has_signal
 from longshore.learner.disk import when_there_is_room
 from longshore.learner.groups import Ending, Group, LateMember
 from longshore.learner.ledger import TRAINED
@@ -56,8 +55,9 @@ class Batches:
         self.replay: list[BatchRecord] = self._log.after(parts.progress.step)
         # Of the first of them, once they were read.
         self._recalled: list[Replayed] | None = None
-        # Since the last batch.
+        # Since the last batch: how many groups were passed over, and which of those in line need no second look.
         self._passed_over = 0
+        self._wanted: set[int] = set()
         self._hold()
 
     async def take(self) -> tuple[Batch | None, list[Ending]]:
@@ -71,6 +71,7 @@ class Batches:
         late, endings = self._ledger.take_late(self._train.batch_size)
         groups = self._ledger.take_ready(self._train.groups_per_step)
         self._passed_over = 0
+        self._wanted.clear()
         return Batch(groups, late, await self._draw()), passed + endings
 
     async def record(self, number: int, batch: Batch) -> None:
@@ -138,15 +139,20 @@ class Batches:
     # -- groups without signal ---------------------------------------------------------------------------------------
 
     def _pass_over(self) -> list[Ending]:
-        """Accounts for groups whose rewards are equal, so that others are issued in their place (DAPO); bounded, for
-        a policy may have learned all there is."""
+        """Accounts for groups that have no gradient, so that others are issued in their place (DAPO); bounded, for a
+        policy may have learned all there is."""
         room = PASSED_OVER_BATCHES * self._train.groups_per_step - self._passed_over
-        passed = self._ledger.take_ready_where(lambda group: not has_signal(rewards_of(group)), room)
+        passed = self._ledger.take_ready_where(self._is_unwanted, room)
         self._passed_over += len(passed)
         metrics.PASSED_OVER.labels(*self._labels).inc(len(passed))
         for group in passed:
             self._parts.tasks_known.observe(group.task.task_id, rewards_of(group))
         return [ending for group in passed for ending in self._ledger.settle(group, NO_SIGNAL)]
+
+    def _is_unwanted(self, group: Group) -> bool:
+        if group.group_id not in self._wanted and group_has_signal([item for _, item in group.members], self._train):
+            self._wanted.add(group.group_id)
+        return group.group_id not in self._wanted
 
     # -- replay ------------------------------------------------------------------------------------------------------
 

@@ -76,6 +76,21 @@ async def test_with_resample_they_are_accounted_and_others_take_their_place(tmp_
     assert ([group.group_id for group in batch.groups], endings) == ([1, 3], [])
 
 
+async def test_what_has_a_gradient_is_not_passed_over_because_its_outcomes_are_equal(tmp_path):
+    # The longer of two right replies loses something.
+    made, parts = batches(tmp_path, zero_variance="resample", overlong={"limit": 4, "buffer": 2})
+    for replies in [((7, 1), (7, 7, 7, 1)), ((7, 1), (8, 1)), ((7, 7, 7, 1), (7, 1))]:
+        task = Task(f"t-{parts.ledger.next_group}", (Message("user", "x"),), "y")
+        group = parts.ledger.issue(task, Purpose.TRAIN, 2)
+        for index, reply in enumerate(replies):
+            logprobs = (-0.5,) * len(reply)
+            item = rollout(group.group_id, index, 1.0, reply=reply, logprobs=logprobs, task=task)
+            parts.ledger.receive(item, Origin(f"{group.group_id}-{index}"))
+    batch, endings = await made.take()
+    assert [group.group_id for group in batch.groups] == [0, 2]
+    assert [end.key for end in endings] == ["1.0", "1.1"]
+
+
 async def test_a_policy_that_has_learned_everything_is_trained_on_all_the_same(tmp_path):
     made, parts = batches(tmp_path, zero_variance="resample")
     passed = 0

@@ -101,6 +101,18 @@ def credit_batch(
     return CreditedBatch(sequences, signals[: len(groups)], signals[len(groups) : len(fresh)], rewards, ids)
 
 
+def group_has_signal(rollouts: Sequence[Rollout], train: TrainSpec) -> bool:
+    """Whether `credit_batch` would keep a group, which must not depend on the rest of its batch.
+
+    Raises:
+        ValueError: with this kind of credit it does.
+    """
+    if isinstance(train.credit, BatchWhitened):
+        raise ValueError("advantages are whitened over the batch")
+    cohort = Cohort(tuple(member_of(rollout, train.overlong) for rollout in rollouts))
+    return _any_signal(credit([cohort], train.credit)[0])
+
+
 def _to_be_valued(member: Member, weight: float) -> Credit:
     rewards = rewards_to_tokens(member)
     if rewards:
