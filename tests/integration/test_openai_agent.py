@@ -5,11 +5,13 @@ The engine is scripted, because a model that fits into a test calls no tools; ev
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai_site import TOOL_CHATML
@@ -167,3 +169,24 @@ async def test_a_model_without_a_tokenizer_says_what_it_lacks(server: ScriptedSe
         with pytest.raises(openai.APIStatusError, match=r"over gRPC alone: the model has no tokenizer\.json") as caught:
             await client.completions.create(model="scripted", prompt="x")
     assert caught.value.status_code == 501
+
+
+async def test_who_waits_for_a_first_token_is_told_that_the_line_is_up(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longshore.generator.openai_http.app.KEEP_ALIVE_S", 0.02)
+    server.engine.is_silent = True
+    body = {"model": "scripted", "prompt": "x", "stream": True, "n": 2}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with (
+        httpx.AsyncClient(trust_env=False, headers=headers, timeout=20.0) as http,
+        http.stream("POST", f"{server.url}/completions", json=body) as response,
+    ):
+        assert response.headers["content-type"] == "text/event-stream"
+        lines = aiter(response.aiter_lines())
+        assert [await anext(lines) for _ in range(4)] == [": still here", "", ": still here", ""]
+        assert server.engine.aborted == []
+    async with asyncio.timeout(20.0):
+        while len(server.engine.aborted) < 2:  # noqa: ASYNC110 - the server's side of a closed connection
+            await asyncio.sleep(0.01)
+    assert server.engine.aborted == [request.request_id for request in server.engine.requests][::-1]

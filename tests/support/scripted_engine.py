@@ -42,6 +42,9 @@ class ScriptedEngine:
         """
         self.ended: Future[None] = Future()
         self.requests: list[EngineRequest] = []
+        self.aborted: list[str] = []
+        # Says nothing, as an engine does whose slots are taken.
+        self.is_silent = False
         self._calls = calls
         self._vocabulary = vocabulary
         self._script = script
@@ -49,6 +52,8 @@ class ScriptedEngine:
     def submit(self, request: EngineRequest) -> None:
         check_request(request, self.limits)
         self.requests.append(request)
+        if self.is_silent:
+            return
         said = self._script(self._vocabulary.text(list(request.token_ids)))
         self._calls.deliver(list(self._events(request, said)))
 
@@ -63,7 +68,7 @@ class ScriptedEngine:
                 return
 
     def abort(self, request_id: str) -> None:
-        """Everything has been said already."""
+        self.aborted.append(request_id)
 
     def status(self) -> EngineStatus:
         return EngineStatus(7, 0, 0, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -76,6 +77,18 @@ async def test_who_leaves_before_the_end_is_gone() -> None:
     made, _ = exchange(b"x", None)
     with pytest.raises(Gone):
         await made.body(MOST, Bytes(MOST))
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longshore.generator.openai_http.exchange._READ_TIMEOUT_S", 0.02)
+    made, _ = exchange(b"x", b"y")
+
+    async def receive() -> Any:
+        await asyncio.sleep(0.001)
+        return {"type": "http.request", "body": b"", "more_body": True}
+
+    made._receive = receive
+    assert await refusal(made, Bytes(MOST)) == 408
 
 
 async def test_only_plain_json_is_read() -> None:
