@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import openai
 import pytest
 import yaml
 
@@ -152,6 +153,14 @@ def until(condition, timeout: float, what: str) -> None:
         time.sleep(0.1)
 
 
+def ask_as_an_agent(run: Path) -> int:
+    """Has the policy go on with a text, by OpenAI's client and what lies in the run directory; the version that did."""
+    url, key = ((run / name).read_text().strip() for name in ("openai-generator-0.url", "openai.key"))
+    with openai.OpenAI(base_url=url, api_key=key, timeout=60) as agent:
+        answer = agent.completions.create(model=run.name, prompt="tale", max_tokens=4)
+    return answer.policy_version
+
+
 def test_learner_actor_and_broker_are_killed_and_nothing_is_lost(stack):
     submitted = longshore(stack, "submit", str(short_first_light(stack)))
     assert submitted.returncode == 0, submitted.stderr
@@ -161,6 +170,7 @@ def test_learner_actor_and_broker_are_killed_and_nothing_is_lost(stack):
         until(lambda step=step: steps_done(run) >= step, JOB_TIMEOUT_S, f"step {step}")
         os.kill(processes(stack)[victim], signal.SIGKILL)
         if victim == "actor-0":
+            assert ask_as_an_agent(run) >= 1
             # And the job's versions are signed by another key from here on.
             rotated = longshore(stack, "rotate-key", job_id)
             assert rotated.returncode == 0, rotated.stderr
