@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from processes import Service
+from safetensors.torch import load_file
 from simulated_site import SimulatedSite
 
 from longshore.config import EvaluationSpec
@@ -179,6 +180,27 @@ async def test_a_learner_killed_twice_ends_with_the_same_bits(make_bench):
         summary = await killed.finished()
     check_whole(killed, summary, await killed.broker_counts())
     assert killed.weights_bytes() == calm.weights_bytes()
+
+
+async def test_a_learner_of_adapters_goes_on_after_a_kill_and_leaves_an_ordinary_model(make_bench):
+    bench = make_bench("adapters", steps=8, checkpoint_every=3, lora={"rank": 2, "alpha": 4})
+    async with bench.running():
+        await bench.until_step(4)
+        bench.learner.kill()
+        bench.learner.start()
+        summary = await bench.finished()
+        client = WeightsClient(bench.weights.address, bench.job, bench.key.public_key)
+        published = await client.fetch(8)
+        await client.close()
+    assert summary["steps"] == summary["policy_version"] == 8
+    saved = load_file(bench.run_dir / "checkpoint" / "model.safetensors")
+    assert {tensor.name: tensor.data for tensor in published.tensors} == {
+        name: value.numpy().tobytes() for name, value in saved.items()
+    }
+    assert not [name for name in saved if "lora" in name or "base_layer" in name]
+    newest = max((bench.run_dir / "learner" / "checkpoints").glob("checkpoint_*"))
+    assert {".lora_" in name for name in load_file(newest / "model.safetensors")} == {True}
+    assert load_file(bench.run_dir / "adapter" / "adapter_model.safetensors")
 
 
 async def test_a_broker_killed_twice_loses_nothing(make_bench):

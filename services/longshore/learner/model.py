@@ -68,7 +68,7 @@ def character_tokenizer(tasks: Iterable[Task]) -> PreTrainedTokenizerFast:
     """
     prompts, characters = [], {chr(code) for code in range(32, 127)} | {"\n"}
     for task in tasks:
-        text = "".join(message.content for message in task.messages)
+        text = "".join(message.content for message in task.problem)
         prompts.append(text)
         characters.update(text, task.answer or "")
     vocabulary = {token: index for index, token in enumerate([PAD, EOS, ANSWER, UNKNOWN, *sorted(characters)])}

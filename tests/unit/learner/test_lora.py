@@ -13,7 +13,7 @@ from tiny_llama import tiny_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from longshore.config import LoraSpec, TrainSpec
+from longshore.config import ComputeSpec, LoraSpec, TrainSpec
 from longshore.errors import ConfigError
 from longshore.learner.checkpoint import load_newest, restore_snapshot, take_snapshot, write_checkpoint
 from longshore.learner.lora import Adapters, holding, merged_parameters
@@ -103,6 +103,17 @@ def test_a_step_is_pefts_step() -> None:
         if ".lora_" not in name:
             assert parameter.grad is None
             assert torch.equal(parameter, before[name]), "only adapters are trained"
+
+
+def test_adapters_are_trained_in_bfloat16_too() -> None:
+    ours, rounded = trainer(), trainer(SPEC.model_copy(update={"compute": ComputeSpec(dtype="bfloat16")}))
+    sequences = batch(ours)
+    for one in (ours, rounded):
+        one.step(1, sequences, 0)
+    for (name, exact), (_, near) in zip(ours.named_parameters(), rounded.named_parameters(), strict=True):
+        assert near.grad is not None, name
+        assert near.grad.dtype == torch.float32
+        assert functional.cosine_similarity(near.grad.flatten(), exact.grad.flatten(), dim=0) > 0.98
 
 
 def test_merged_weights_are_pefts_under_the_models_own_names() -> None:

@@ -41,6 +41,16 @@ def test_the_examples_are_fine(example: str) -> None:
     assert check_job(parse_job(load_job(ROOT / "examples" / example))) == []
 
 
+@pytest.mark.parametrize("example", ["smollm2-needle.yaml", "smollm2-needle-lora.yaml"])
+def test_the_examples_with_a_pretrained_model_are_fine_once_it_is_there(example: str, tmp_path: Path) -> None:
+    document = load_job(ROOT / "examples" / example)
+    model = document["model"]
+    assert isinstance(model, dict)
+    assert model["path"] == str(ROOT / "build" / "models" / "smollm2-135m-instruct")
+    document["model"] = {**model, "path": str(tmp_path / "nowhere")}
+    assert [fault.path for fault in check_job(parse_job(document))] == ["model.path"]
+
+
 def test_everything_unknown_is_named_at_once() -> None:
     found = faults(
         tasks={"source": "nope"},
