@@ -27,11 +27,12 @@ def main() -> int:
     parser.add_argument("--pace", type=float, default=5.0, help="seconds from kill to kill, on average (default: 5)")
     parser.add_argument("--minutes-limit", type=float, default=0.0, help="no more faults after this; 0: no limit")
     parser.add_argument("--steps", type=int, default=80, help="train steps of a job; jobs follow until all is done")
+    parser.add_argument("--replay", action="store_true", help="jobs replay rollouts, and evaluate while they train")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--keep", action="store_true", help="leave logs and state in place")
     parser.add_argument("--only-plan", action="store_true", help="print the schedule's mix and end")
     args = parser.parse_args()
-    settings = Settings(args.kills, args.seed, args.pace, args.steps, args.minutes_limit * 60)
+    settings = Settings(args.kills, args.seed, args.pace, args.steps, args.minutes_limit * 60, args.replay)
     # Short, for Unix sockets lie in it.
     session = Session(settings, Path(tempfile.gettempdir()) / f"ls-chaos-{os.getpid()}", _say)
     _print_mix(session)

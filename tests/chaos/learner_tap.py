@@ -27,9 +27,10 @@ class Record:
     step: int
     epoch: int
     groups: tuple[int, ...]
+    # Rollouts that are trained on for the first time.
     uses: tuple[str, ...]
-    # More than one use of a rollout is replay, which no job of this test asks for.
-    only_first_uses: bool = True
+    # (rollout, use) of those that are replayed.
+    again: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,8 @@ def record_of(line: bytes) -> Record:
         item["step"],
         item["epoch"],
         tuple(item["groups"]),
-        tuple(key for key, _ in uses),
-        all(use == 1 for _, use in uses),
+        tuple(key for key, use in uses if use == 1),
+        tuple((key, use) for key, use in uses if use != 1),
     )
 
 

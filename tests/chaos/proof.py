@@ -143,8 +143,7 @@ def none_twice(evidence: Evidence) -> list[str]:
     breaches = []
     if twice := [key for key, times in uses.items() if times > 1]:
         breaches.append(f"TWICE: {len(twice)} rollouts are in more than one surviving batch: {_some(twice)}")
-    if not all(record.only_first_uses for record in records.values()):
-        breaches.append("a batch names a use other than the first")
+    breaches += _replayed_in_turn([records[step] for step in sorted(records)])
     if unseen := [key for key in uses if key not in history.deliveries]:
         breaches.append(f"{len(unseen)} rollouts were trained on that nobody delivered: {_some(unseen)}")
     consumed = {key for key, end in evidence.learner.ends.items() if end in CONSUMED}
@@ -153,6 +152,20 @@ def none_twice(evidence: Evidence) -> list[str]:
     if unsettled := set(uses) - consumed:
         breaches.append(f"TWICE: {len(unsettled)} rollouts of a batch ended as something else: {_some(unsettled)}")
     return breaches
+
+
+def _replayed_in_turn(records: Sequence[Record]) -> list[str]:
+    """A rollout's uses are 1, 2, 3, ..., each in one batch, in the order of the steps."""
+    seen: dict[str, int] = {}
+    wrong = []
+    for record in records:
+        for key, use in record.again:
+            if use != seen.get(key, 0) + 1 or use == 1:
+                wrong.append(f"{key} (use {use})")
+            seen[key] = use
+        # A batch replays nothing of its own.
+        seen |= dict.fromkeys(record.uses, 1)
+    return [f"TWICE: {len(wrong)} uses are not the next ones of their rollouts: {_some(wrong)}"] if wrong else []
 
 
 def lineage(evidence: Evidence) -> list[str]:
@@ -169,12 +182,16 @@ def lineage(evidence: Evidence) -> list[str]:
             continue
         if found.step and made_of is None:
             breaches.append(f"version {version} is of step {found.step}, epoch {found.epoch}, which has no record")
-        elif made_of is not None and kept[found.step].uses != made_of.uses:
+        elif made_of is not None and _made_of(kept[found.step]) != _made_of(made_of):
             breaches.append(f"TWICE: version {version} was made of a batch that step {found.step} has disowned")
     steps = [facts.versions[version].step for version in _line(facts)]
     if any(later <= earlier for earlier, later in zip(steps[1:], steps, strict=False)):
         breaches.append("a version's parent is not of an earlier step")
     return breaches
+
+
+def _made_of(record: Record) -> tuple[object, ...]:
+    return record.uses, record.again
 
 
 def _line(facts: LearnerFacts) -> list[int]:

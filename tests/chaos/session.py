@@ -39,6 +39,8 @@ class Settings:
     pace_s: float
     steps: int
     limit_s: float
+    # Jobs replay rollouts, and evaluate while they train.
+    replay: bool = False
 
 
 class Session:
@@ -164,6 +166,7 @@ def _filling(small: SmallDisk) -> Begin:
 
 def job_document(number: int, settings: Settings) -> Json:
     """A small job whose reward rises within its steps: the recipe of examples/first-light.yaml, at half its width."""
+    replay = {"replay": {"share": 0.33, "max_uses": 3}} if settings.replay else {}
     return {
         "name": f"chaos-{number}",
         "seed": settings.seed % 1000 + number,
@@ -201,8 +204,9 @@ def job_document(number: int, settings: Settings) -> Json:
             "warmup_steps": 10,
             "target_staleness": 2,
             "checkpoint_every": 5,
+            **replay,
         },
-        "evaluation": {"tasks": 100},
+        "evaluation": {"tasks": 100, "every": 10 if settings.replay else 0},
         "weights": {"dtype": "float32", "keep": 16},
         "resources": {"actor_lease_s": 5.0, "site_lease_s": SITE_LEASE_S, "max_attempts": 10},
     }

@@ -77,7 +77,21 @@ def trained_twice(evidence: Evidence) -> None:
 
 
 def second_use(evidence: Evidence) -> None:
-    evidence.learner.records[4] = Record(5, 1, (8, 9), keys_of(5), only_first_uses=False)
+    """Step 6 trains on a rollout of step 5 once more, and step 8 does as if it had not."""
+    evidence.learner.records[5] = Record(6, 1, (10, 11), keys_of(6), ((keys_of(5)[0], 2),))
+    evidence.learner.records[7] = Record(8, 1, (14, 15), keys_of(8), ((keys_of(5)[0], 2),))
+
+
+def replayed_before_its_time(evidence: Evidence) -> None:
+    evidence.learner.records[4] = Record(5, 1, (8, 9), keys_of(5), ((keys_of(5)[0], 2),))
+
+
+def use_left_out(evidence: Evidence) -> None:
+    evidence.learner.records[5] = Record(6, 1, (10, 11), keys_of(6), ((keys_of(5)[0], 3),))
+
+
+def version_of_other_replays(evidence: Evidence) -> None:
+    evidence.learner.records.append(Record(5, 2, (8, 9), keys_of(5), ((keys_of(4)[0], 2),)))
 
 
 def never_delivered(evidence: Evidence) -> None:
@@ -167,6 +181,9 @@ RUINS = [
     attempted_anew,
     trained_twice,
     second_use,
+    replayed_before_its_time,
+    use_left_out,
+    version_of_other_replays,
     never_delivered,
     replayed_otherwise,
     consumed_unseen,
@@ -200,10 +217,22 @@ def test_every_wrong_is_a_breach(ruin):
     assert prove(evidence) != []
 
 
+def test_uses_that_follow_each_other_are_no_breach():
+    evidence = good()
+    again = keys_of(1)[:2]
+    for step, use in ((2, 2), (5, 3), (9, 4)):
+        record = evidence.learner.records[step - 1]
+        evidence.learner.records[step - 1] = Record(
+            step, 1, record.groups, record.uses, tuple((key, use) for key in again)
+        )
+    assert prove(evidence) == []
+
+
 def test_a_record_is_read_as_the_learner_writes_it():
     found = record_of(b'{"step":7,"epoch":2,"groups":[12,9],"uses":[["12.0",1],["9.0",1]],"late":[]}\n')
     assert found == Record(7, 2, (12, 9), ("12.0", "9.0"))
-    assert not record_of(b'{"step":7,"epoch":2,"groups":[12],"uses":[["12.0",2]],"late":[]}\n').only_first_uses
+    found = record_of(b'{"step":7,"epoch":2,"groups":[12],"uses":[["12.0",1],["9.0",2]],"late":[]}\n')
+    assert found == Record(7, 2, (12,), ("12.0",), (("9.0", 2),))
 
 
 def test_a_checkpoint_is_read_as_the_ledger_writes_it():
