@@ -174,7 +174,7 @@ async def test_a_model_without_a_tokenizer_says_what_it_lacks(server: ScriptedSe
 async def test_who_waits_for_a_first_token_is_told_that_the_line_is_up(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longshore.generator.openai_http.app.KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr("longshore.generator.openai_http.work.KEEP_ALIVE_S", 0.02)
     server.engine.is_silent = True
     body = {"model": "scripted", "prompt": "x", "stream": True, "n": 2}
     headers = {"Authorization": f"Bearer {KEY}"}

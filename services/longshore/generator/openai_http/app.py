@@ -1,4 +1,4 @@
-"""The routes of OpenAI's interface, and how a request becomes a request to the engine and its events an answer."""
+"""The routes of OpenAI's interface: who may ask, what was asked, and what becomes of it when that goes wrong."""
 
 from __future__ import annotations
 
@@ -8,47 +8,34 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
 from starlette.types import Receive, Scope, Send
 
 from longshore.errors import LongshoreError
-from longshore.generator.calls import Call, Calls
-from longshore.generator.engine import Engine, EngineLimits, EngineRequest, RequestFailed
-from longshore.generator.openai_http import faults, metrics
-from longshore.generator.openai_http.answers import Answer
+from longshore.generator.calls import Calls
+from longshore.generator.engine import EngineLimits, EngineRequest
+from longshore.generator.openai_http import faults
 from longshore.generator.openai_http.asked import Asked, chat, completion
 from longshore.generator.openai_http.bodies import Body, ChatBody, CompletionBody, parse
-from longshore.generator.openai_http.draft import Draft, Piece, Reply, Told
-from longshore.generator.openai_http.exchange import KEEP_ALIVE_S, Exchange, Gone, timeout_s
+from longshore.generator.openai_http.exchange import Exchange, Gone, timeout_s
 from longshore.generator.openai_http.faults import ApiError
+from longshore.generator.openai_http.metrics import OpenAiMetrics
 from longshore.generator.openai_http.models import Models
 from longshore.generator.openai_http.room import Bytes, Places
 from longshore.generator.openai_http.vocabulary import Vocabulary
+from longshore.generator.openai_http.work import Tally, Work
 from longshore.rpc.key_file import KeyFile
 
 # A body that asks for what the context holds: token ids as JSON, and messages, tools and their schemas.
 _BODY_BYTES, _BODY_BYTES_PER_TOKEN = 1024 * 1024, 32
 # All bodies that are being read at a time.
 _ALL_BODIES_BYTES = 256 * 1024 * 1024
-
+# Threads that render and tokenise.
 _THREADS = 2
 
 log = structlog.get_logger()
-
-
-@dataclass
-class _Tally:
-    """What is logged and counted of one request."""
-
-    route: str = "unknown"
-    key: str = ""
-    model: str = ""
-    prompt_tokens: int = 0
-    tokens: int = 0
-    version: int | None = None
 
 
 class OpenAiApp:
@@ -68,6 +55,7 @@ class OpenAiApp:
         self.vocabulary: Vocabulary | None = None
         # Why there will not be any.
         self.no_vocabulary = ""
+        self._metrics = OpenAiMetrics(models.job)
         self._calls = calls
         self._models = models
         self._keys = keys
@@ -82,7 +70,7 @@ class OpenAiApp:
         assert scope["type"] == "http"
         began = time.monotonic()
         exchange = Exchange(scope, receive, send, f"req-{uuid.uuid4().hex}")
-        tally = _Tally()
+        tally = Tally()
         outcome = "gone"
         try:
             await self._answered(exchange, tally)
@@ -93,7 +81,7 @@ class OpenAiApp:
             outcome = str(error.status)
             await exchange.refuse(error)
         finally:
-            metrics.REQUESTS.labels(tally.route, outcome).inc()
+            self._metrics.count(tally.route, outcome)
             log.info(
                 "openai request",
                 request=exchange.request_id,
@@ -103,7 +91,7 @@ class OpenAiApp:
                 **vars(tally),
             )
 
-    async def _answered(self, exchange: Exchange, tally: _Tally) -> None:
+    async def _answered(self, exchange: Exchange, tally: Tally) -> None:
         """Answers, or raises ApiError or Gone."""
         try:
             await self._route(exchange, tally)
@@ -115,7 +103,7 @@ class OpenAiApp:
             log.error("openai request failed", request=exchange.request_id, exc_info=error)
             raise faults.internal(exchange.request_id) from None
 
-    async def _route(self, exchange: Exchange, tally: _Tally) -> None:
+    async def _route(self, exchange: Exchange, tally: Tally) -> None:
         if self._stop.is_set():
             # A kept connection would go on asking a server that is ending.
             raise ApiError(503, "the generator is stopping", kind="server_error", headers={"connection": "close"})
@@ -155,7 +143,7 @@ class OpenAiApp:
     async def _one_model(self, exchange: Exchange, name: str) -> None:
         await exchange.answer(200, self._models.one(name, self._calls.engine))
 
-    async def _complete(self, exchange: Exchange, tally: _Tally, kind: type[ChatBody] | type[CompletionBody]) -> None:
+    async def _complete(self, exchange: Exchange, tally: Tally, kind: type[ChatBody] | type[CompletionBody]) -> None:
         began = time.monotonic()
         engine = self._calls.proven()
         vocabulary = self.vocabulary
@@ -172,7 +160,7 @@ class OpenAiApp:
             held.enter_context(self._places.taken(tally.key, asked.num_replies - 1))
             deadline = began + timeout_s(exchange.headers, self._max_request_s)
             requests = [self._request(asked, number, deadline) for number in range(asked.num_replies)]
-            work = _Work(exchange, asked, engine, vocabulary, isinstance(body, ChatBody), tally, began)
+            work = Work(exchange, asked, engine, vocabulary, isinstance(body, ChatBody), tally, self._metrics, began)
             await _unless_gone(exchange, self._draw(work, requests))
 
     def _request(self, asked: Asked, number: int, deadline: float) -> EngineRequest:
@@ -186,95 +174,12 @@ class OpenAiApp:
             watched=asked.is_watched,
         )
 
-    async def _draw(self, work: _Work, requests: list[EngineRequest]) -> None:
+    async def _draw(self, work: Work, requests: list[EngineRequest]) -> None:
         await self._calls.have_resident(requests[0])
         with contextlib.ExitStack() as opened:
             # All or none: a queue that is full half-way takes none of them.
             calls = [opened.enter_context(self._calls.open(request)) for request in requests]
             await (work.stream(calls) if work.asked.stream else work.answer(calls))
-
-
-class _Work:
-    """One request that the engine has taken: its replies as they grow, and the answer."""
-
-    def __init__(
-        self,
-        exchange: Exchange,
-        asked: Asked,
-        engine: Engine,
-        vocabulary: Vocabulary,
-        is_chat: bool,
-        tally: _Tally,
-        began: float,
-    ) -> None:
-        self.asked = asked
-        self._exchange = exchange
-        self._vocabulary = vocabulary
-        self._tally = tally
-        self._began = began
-        request_id = f"{'chatcmpl' if is_chat else 'cmpl'}-{exchange.request_id.removeprefix('req-')}"
-        self._answer = Answer(request_id, is_chat, asked, engine.fingerprint, vocabulary.token_text)
-
-    async def answer(self, calls: list[Call]) -> None:
-        replies = [Reply() for _ in calls]
-
-        async def keep(index: int, piece: Piece) -> None:
-            replies[index].pieces.append(piece)
-
-        await self._grow(calls, keep)
-        await self._exchange.answer(200, self._answer.whole(replies))
-
-    async def stream(self, calls: list[Call]) -> None:
-        told = [Told() for _ in calls]
-        newest = 0
-
-        async def tell(index: int, piece: Piece) -> None:
-            nonlocal newest
-            newest = max(newest, piece.version)
-            chunk = self._answer.chunk(index, piece, told[index])
-            told[index].add(piece)
-            if chunk is not None:
-                await self._exchange.event(chunk)
-
-        keeping = asyncio.create_task(self._keep_alive())
-        try:
-            await self._grow(calls, tell)
-        finally:
-            keeping.cancel()
-        if self.asked.include_usage:
-            await self._exchange.event(self._answer.last_chunk(newest, sum(item.tokens for item in told)))
-        await self._exchange.done()
-
-    async def _keep_alive(self) -> None:
-        while True:
-            await asyncio.sleep(KEEP_ALIVE_S)
-            await self._exchange.keep_alive()
-
-    async def _grow(self, calls: list[Call], use: Callable[[int, Piece], Awaitable[None]]) -> None:
-        """Draws all replies to their ends. Raises ApiError for the first that fails; the others are ended then."""
-        growing = [asyncio.create_task(self._grow_one(index, call, use)) for index, call in enumerate(calls)]
-        try:
-            await asyncio.gather(*growing)
-        finally:
-            for task in growing:
-                task.cancel()
-            metrics.TOKENS.labels("prompt").inc(self._tally.prompt_tokens)
-            metrics.TOKENS.labels("completion").inc(self._tally.tokens)
-
-    async def _grow_one(self, index: int, call: Call, use: Callable[[int, Piece], Awaitable[None]]) -> None:
-        draft = Draft(self._vocabulary.text, self._vocabulary.hidden, self.asked.stops, self.asked.finder())
-        while not draft.ended:
-            event = await call.next()
-            if isinstance(event, RequestFailed):
-                raise faults.of_failure(event)
-            if self._tally.tokens == 0 and self.asked.stream:
-                metrics.FIRST_TOKEN_SECONDS.observe(time.monotonic() - self._began)
-            piece = draft.take(event)
-            if draft.ended and event.finish is None:
-                call.stop()
-            self._tally.tokens += len(piece.token_ids)
-            self._tally.version = max(self._tally.version or 0, piece.version)
-            await use(index, piece)
 
 
 def _understood(body: Body, pinned: int | None, vocabulary: Vocabulary, limits: EngineLimits) -> Asked:

@@ -18,7 +18,7 @@ class Models:
     """What one generator serves: its job's policy, under the job's id and under the name in its spec."""
 
     def __init__(self, job: JobRef, spec_name: str) -> None:
-        self._job = job
+        self.job = job
         self._names = tuple(dict.fromkeys((job.job, spec_name)))
         self._created = int(time.time())
 
@@ -26,14 +26,14 @@ class Models:
         """The policy version that a name pins; None: whichever is served. Raises ApiError 404."""
         base, at, version = name.partition("@")
         if base not in self._names or (at and not _VERSION.fullmatch(version)):
-            raise unknown_model(name[:200], self._job.job)
+            raise unknown_model(name[:200], self.job.job)
         return int(version) if at else None
 
     def all(self, engine: Engine | None) -> list[dict[str, Any]]:
         """The job under its names, and its versions that are in memory."""
         status = engine.status() if engine is not None else None
         versions = [] if status is None else [status.version, *status.beside]
-        pinned = [f"{self._job.job}@{version}" for version in versions if version is not None]
+        pinned = [f"{self.job.job}@{version}" for version in versions if version is not None]
         return [self._entry(name, engine) for name in (*self._names, *pinned)]
 
     def one(self, name: str, engine: Engine | None) -> dict[str, Any]:
@@ -45,4 +45,4 @@ class Models:
         pinned = self.version_of(name)
         version = engine.status().version if pinned is None and engine is not None else pinned
         context = None if engine is None else engine.limits.context
-        return model(name, self._job.project, self._created, policy_version=version, max_model_len=context)
+        return model(name, self.job.project, self._created, policy_version=version, max_model_len=context)
