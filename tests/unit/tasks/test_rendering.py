@@ -134,3 +134,19 @@ def test_light_parts_import_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("template", ["{{ 1 // (messages | length - 1) }}", "{{ '{5}'.format(messages[0].content) }}"])
+def test_a_template_that_fails_on_a_conversation_refuses_it(template: str) -> None:
+    with pytest.raises(ConfigError, match="refuses the conversation"):
+        Renderer(assets(template)).conversation_ids([{"role": "user", "content": "x"}])
+
+
+def test_conversations_have_tools_and_more_than_role_and_content() -> None:
+    template = "{{ tools | tojson }}{% for message in messages %}{{ message.name }}:{{ message.content }}{% endfor %}"
+    renderer = Renderer(assets(template))
+    assert renderer.takes_tools
+    ids = renderer.conversation_ids([{"role": "tool", "name": "add", "content": "3"}], [{"type": "function"}])
+    assert renderer.full_text(ids) == '[{"type": "function"}]add:3'
+    assert not Renderer(assets()).takes_tools
+    assert not Renderer(assets(None)).takes_tools

@@ -108,7 +108,7 @@ def test_prompts_have_four_shapes(prompt: object, prompts: list[object]) -> None
     assert parse(CompletionBody, json.dumps({"model": "m", "prompt": prompt}).encode()).prompts == prompts
 
 
-@pytest.mark.parametrize("prompt", PROMPTS_OF_OTHER_SHAPES)
+@pytest.mark.parametrize("prompt", NO_PROMPTS)
 def test_prompts_have_no_other(prompt: object) -> None:
     with pytest.raises(ApiError) as caught:
         parse(CompletionBody, json.dumps({"model": "m", "prompt": prompt}).encode())
