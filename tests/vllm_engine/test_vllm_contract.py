@@ -117,5 +117,5 @@ def test_the_stats() -> None:
     from vllm.v1.metrics.loggers import StatLoggerBase
     from vllm.v1.metrics.stats import SchedulerStats
 
-    assert "kv_cache_usage" in {field.name for field in dataclasses.fields(SchedulerStats)}
+    assert {"kv_cache_usage", "num_waiting_reqs"} <= {field.name for field in dataclasses.fields(SchedulerStats)}
     assert parameters(StatLoggerBase.record) >= {"scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"}

@@ -118,6 +118,7 @@ class EngineStatus:
 
     # None until the first swap.
     version: int | None
+    # Requests that are decoded, and those that are not: for want of a slot, of cache, or of a version.
     running: int
     waiting: int
     # Share of the cache in use, 0..1.

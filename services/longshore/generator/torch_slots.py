@@ -360,7 +360,9 @@ class TorchSlotsEngine:
         self._emit(events)
 
     def _set_status(self) -> None:
-        running, waiting = self._scheduler.num_running, self._scheduler.num_waiting
+        # Who is parked holds a slot and decodes nothing: callers have sent more than there is room for.
+        parked = len(self._parked)
+        running, waiting = self._scheduler.num_running - parked, self._scheduler.num_waiting + parked
         self._metrics.running.set(running)
         self._metrics.waiting.set(waiting)
         used = self._decoder.pages.held / self._decoder.pages.count

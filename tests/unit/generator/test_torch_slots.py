@@ -89,12 +89,17 @@ def test_more_than_the_pages_hold_is_answered_all_the_same() -> None:
 def test_a_parked_request_can_be_aborted_and_may_be_late() -> None:
     model = tiny_model(0)
     rig = Rig(narrow(5), model, slots=3)
-    rig.serve(model, 1)
+    paused = PausedAtFirstEvent(rig, "0")
+    # They are admitted together, once there is a version.
     for number in range(3):
         rig.submit(str(number), (number, 5), tokens=CONTEXT)
-    # By its first 32 tokens the third one has been parked: three of 34 tokens need nine pages.
-    rig.until(lambda: bool(rig.engine._parked))  # type: ignore[attr-defined]
-    rig.engine.abort("2")
+    rig.serve(model, 1)
+    with paused:
+        # By its first 32 tokens another one has been parked: three of 34 tokens need nine pages. That is pressure.
+        assert bool(rig.engine._parked)  # type: ignore[attr-defined]
+        status = rig.engine.status()
+        assert (status.running + status.waiting, status.waiting >= 1) == (3, True)
+        rig.engine.abort("2")
     for outcome, number in zip(rig.wait("0", "1"), range(2), strict=True):
         assert_matches(outcome, model, (number, 5))
     rig.until(lambda: rig.engine.status().running == 0)

@@ -392,7 +392,9 @@ class VllmEngine:
         self._emit(events)
 
     def _set_status(self) -> None:
-        running, waiting = self._scheduler.num_running, self._scheduler.num_waiting
+        # What vLLM itself holds back for want of cache decodes nothing: callers have sent more than there is room for.
+        held = min(self._process.num_waiting, self._scheduler.num_running)
+        running, waiting = self._scheduler.num_running - held, self._scheduler.num_waiting + held
         self._metrics.running.set(running)
         self._metrics.waiting.set(waiting)
         self._status = EngineStatus(self._scheduler.version, running, waiting, self._process.kv_used_ratio)

@@ -128,6 +128,8 @@ class VllmProcess:
         self.version: str = vllm.__version__
         self.device: str = current_platform.device_type
         self.kv_used_ratio = 0.0
+        # Requests that wait in vLLM: for a place in its cache, or in its batch.
+        self.num_waiting = 0
         try:
             config = _engine_args(model_dir, options, self.device).create_engine_config()
             self._engine = AsyncLLM.from_vllm_config(config, stat_loggers=[self._stats], disable_log_stats=True)
@@ -218,7 +220,7 @@ class VllmProcess:
 
 
 class _Usage(StatLoggerBase):
-    """Where vLLM tells how full its cache is."""
+    """Where vLLM tells how full its cache is, and how many wait."""
 
     def __init__(self, process: VllmProcess) -> None:
         self._process = process
@@ -228,6 +230,7 @@ class _Usage(StatLoggerBase):
     ) -> None:
         if scheduler_stats is not None:
             self._process.kv_used_ratio = scheduler_stats.kv_cache_usage
+            self._process.num_waiting = scheduler_stats.num_waiting_reqs
 
     def log_engine_initialized(self) -> None:
         pass
