@@ -171,65 +171,72 @@ def test_no_more_are_sent_than_it_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("report", "pressed"),
+    ("report", "fits"),
     [
-        (Report(16, 2, 16, 0.5), False),
-        (Report(16, 3, 16, 0.5), True),
+        (Report(16, 2, 16, 0.5), 1.0),
+        # Two may wait.
+        (Report(16, 4, 16, 0.5), 0.9),
         # All that wait do so for a version: there are places.
-        (Report(2, 50, 16, 0.1), False),
+        (Report(2, 50, 16, 0.1), 1.0),
         # A full cache with nobody waiting is one that is well used.
-        (Report(16, 0, 16, 0.99), False),
-        (Report(9, 1, 16, 0.96), True),
+        (Report(16, 0, 16, 0.99), 1.0),
         # It is its places that are used up, and one is ready for the next.
-        (Report(16, 1, 16, 1.0), False),
-        (Report(9, 3, 16, 0.9), True),
+        (Report(16, 1, 16, 1.0), 1.0),
+        # There are places, but nothing to put there: those that run need some room to grow.
+        (Report(8, 2, 16, 0.96), 0.76),
+        (Report(8, 12, 16, 0.9), 0.5),
     ],
 )
-def test_what_presses_a_generator(report: Report, pressed: bool) -> None:
-    assert report.is_pressed is pressed
+def test_how_much_is_too_much(report: Report, fits: float) -> None:
+    assert report.fits == pytest.approx(fits)
 
 
 def test_the_limit_falls_by_shares_and_rises_by_steps() -> None:
     limit = Limit()
     limit.reported(Report(0, 0, 64, 0.0), 0)
     assert limit.value == 72
-    limit.reported(Report(64, 40, 64, 0.97), 50)
+    # From what is out, and to what fits.
+    limit.reported(Report(64, 16, 64, 0.5), 70)
+    assert limit.value == 63
+    # By no more than a fifth at once.
+    limit.reported(Report(30, 70, 64, 1.0), 50)
     assert limit.value == 40
-    limit.reported(Report(64, 40, 64, 0.97), 40)
-    assert limit.value == 32
     # With room to spare it rises only for one who uses it all.
-    limit.reported(Report(30, 0, 64, 0.3), 31)
-    assert limit.value == 32
-    limit.reported(Report(32, 0, 64, 0.3), 32)
-    assert limit.value == 36
+    limit.reported(Report(30, 0, 64, 0.3), 39)
+    assert limit.value == 40
+    limit.reported(Report(40, 0, 64, 0.3), 40)
+    assert limit.value == 41
     for _ in range(100):
-        limit.reported(Report(32, 0, 64, 0.3), limit.value)
+        limit.reported(Report(40, 0, 64, 0.3), limit.value)
     assert limit.value == 72
     for _ in range(100):
         limit.refused(72)
     # All refusals between two reports are one.
     assert limit.value == 57
     for _ in range(100):
-        limit.reported(Report(64, 64, 64, 1.0), limit.value)
+        limit.reported(Report(1, 64, 64, 1.0), limit.value)
     assert limit.value == 1
 
 
-def test_actors_that_share_a_generator_come_to_equal_shares_of_it() -> None:
-    """Four actors that all want more than there is, the first of which has it all at first."""
+@pytest.mark.parametrize("fit", [64, 20])
+def test_actors_that_share_a_generator_come_to_equal_shares_of_it(fit: int) -> None:
+    """Four actors that all want more than there is; the cache is room for `fit` requests."""
     slots, limits = 64, [Limit() for _ in range(4)]
-    out = [72, 0, 0, 0]
-    for limit in limits:
+    for limit, first in zip(limits, (60, 8, 4, 1), strict=True):
         limit.reported(Report(0, 0, slots, 0.0), 0)
-    waits = []
-    for _ in range(400):
+        limit.reported(Report(slots, 1, slots, 1.0), 0)
+        limit._limit = first
+    totals = []
+    for _ in range(600):
         out = [limit.value for limit in limits]
-        total = sum(out)
-        report = Report(min(slots, total), max(0, total - slots), slots, 0.5)
-        waits.append(report.waiting)
+        totals.append(sum(out))
+        running = min(slots, fit, sum(out))
+        report = Report(running, sum(out) - running, slots, running / fit)
         for limit, ours in zip(limits, out, strict=True):
             limit.reported(report, ours)
     assert max(out) <= 2 * min(out)
-    late = waits[100:]
-    # Always busy, and never with a long queue.
-    assert all(-16 <= wait <= 24 for wait in late)
-    assert sum(late) / len(late) < 16
+    # Neither idle nor with a long queue.
+    late = totals[100:]
+    assert 0.85 * fit <= sum(late) / len(late) <= 1.2 * fit
+    assert min(late) >= 0.7 * fit
+    assert max(late) <= 1.3 * fit
