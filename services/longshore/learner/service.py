@@ -96,17 +96,11 @@ async def _run(
             return
     restore_snapshot(trainer, snapshot)
     await link.acknowledge(covered_by(snapshot))
-    progress, ledger, tasks_known = _progress(snapshot), _ledger(snapshot), TaskBook()
-    tasks_known.restore(snapshot.state.get("tasks", []))
+    progress, ledger, tasks_known = _progress(snapshot), _ledger(snapshot), _tasks_known(snapshot)
 
-    publisher = Publisher(
-        weights,
-        settings.signing_key_file,
-        assets,
-        spec.weights.dtype,
-        _canary(source, spec.tasks.heldout_fraction, renderer),
-        VersionLog(settings.run_dir / "learner" / "versions.jsonl"),
-    )
+    canary = _canary(source, spec.tasks.heldout_fraction, renderer)
+    versions = VersionLog(settings.run_dir / "learner" / "versions.jsonl")
+    publisher = Publisher(weights, settings.signing_key_file, assets, spec.weights.dtype, canary, versions)
     await publisher.start()
     progress.version = await publisher.publish(policy, progress.version, Lineage(progress.step, link.epoch, None))
     prompts = Prompts(renderer.prompt_ids)
@@ -233,6 +227,12 @@ def _ledger(snapshot: Snapshot) -> Ledger:
     state = snapshot.state["ledger"]
     assert isinstance(state, dict)
     return Ledger.restore(state)
+
+
+def _tasks_known(snapshot: Snapshot) -> TaskBook:
+    book = TaskBook()
+    book.restore(snapshot.state.get("tasks", []))
+    return book
 
 
 def _train_tasks(
