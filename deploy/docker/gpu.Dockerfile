@@ -12,29 +12,46 @@ COPY pyproject.toml deploy/docker/requirements.py ./
 RUN test -n "${SERVICE}" || { echo "say which service: --build-arg SERVICE=generator"; exit 1; } \
     && python3 requirements.py pyproject.toml "${EXTRA}" > requirements.txt
 
-FROM ${BASE} AS build
+FROM ${BASE} AS tools
 RUN apt-get update -qq \
     && headers="$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
     && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends gcc libc6-dev binutils \
         $(test -f "$headers" || echo python3-dev) >/dev/null \
     && rm -rf /var/lib/apt/lists/*
+
+# The same for every service, so it is built once.
+FROM tools AS wheel
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+WORKDIR /src
+COPY pyproject.toml constraints.txt hatch_build.py README.md LICENSE ./
+COPY services services
+# hatchling is called by itself: pip would have it build everything twice, once for the metadata.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --target /hatchling hatchling \
+    && PYTHONPATH=/hatchling python3 -m hatchling build --target wheel --directory /wheel
+
+FROM tools AS build
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 WORKDIR /src
 COPY deploy/docker/wheels wheels
-COPY deploy/docker/slim.sh ./
 COPY --from=requirements requirements.txt ./
 # Without constraints.txt: vLLM wants other versions of what it shares with the rest.
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv --without-pip /opt/longshore \
-    && python3 -m pip --python /opt/longshore/bin/python install --no-compile --disable-pip-version-check --find-links wheels \
-        --requirement requirements.txt \
-    && sh slim.sh /opt/longshore
-COPY pyproject.toml hatch_build.py README.md LICENSE ./
-COPY services services
-RUN --mount=type=cache,target=/root/.cache/pip \
-    python3 -m pip --python /opt/longshore/bin/python install --disable-pip-version-check --no-deps . \
-    && test -n "$(find /opt/longshore -name _kernel.so)"
+    && python3 -m pip --python /opt/longshore/bin/python install --no-compile --disable-pip-version-check \
+        --find-links wheels \
+        --requirement requirements.txt
+COPY deploy/docker/slim.sh ./
+RUN sh slim.sh /opt/longshore
+COPY --from=wheel wheel wheel
+COPY deploy/docker/compile.sh ./
+ARG SERVICE
+RUN python3 -m pip --python /opt/longshore/bin/python install --no-compile --disable-pip-version-check --no-deps \
+        --no-index wheel/*.whl \
+    && test -n "$(find /opt/longshore -name _kernel.so)" \
+    && sh compile.sh /opt/longshore "${SERVICE}"
 
 FROM ${BASE}
 ARG SERVICE

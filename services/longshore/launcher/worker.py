@@ -23,6 +23,11 @@ _SETTING = re.compile(
 )
 
 
+def foreign(spec: ProcessSpec) -> list[str]:
+    """Variables that a worker does not let a gateway set."""
+    return sorted(variable for variable in spec.env if not _SETTING.match(variable))
+
+
 class Worker(Supervisor):
     """Runs single processes of one service, each a unit of its own named JOB/PROCESS."""
 
@@ -43,9 +48,9 @@ class Worker(Supervisor):
             wanted = ", ".join(f"{spec.name} ({spec.service})" for spec in specs)
             raise Rejected("service", f"this worker runs one {self.service} a unit, not {wanted or 'nothing'}")
         spec = specs[0]
-        foreign = sorted(variable for variable in spec.env if not _SETTING.match(variable))
-        if foreign:
-            raise Rejected("environment", f"{spec.name}: {', '.join(foreign)} is no setting of a process")
+        strange = foreign(spec)
+        if strange:
+            raise Rejected("environment", f"{spec.name}: {', '.join(strange)} is no setting of a process")
         if name not in self._units and self._running() >= self.places:
             raise Unavailable(f"this worker's places ({self.places}) are taken")
         argv = (sys.executable, "-m", "longshore", "serve", self.service)

@@ -9,9 +9,12 @@ import pytest
 
 from longshore.console.healthcheck import own_address
 from longshore.errors import ConfigError
+from longshore.launcher.plan import Endpoints, JobPaths, plan_job
 from longshore.launcher.spec import ProcessSpec, Ready, ReadyKind
 from longshore.launcher.waiting import WorkerSettings
-from longshore.launcher.worker_sockets import WorkerName, find_workers, on_sockets
+from longshore.launcher.worker import foreign
+from longshore.launcher.worker_sockets import WORKER_SERVICES, WorkerName, find_workers, on_sockets
+from longshore.settings import JobFile
 from longshore.weights.config import WeightsSettings
 
 ROOT = Path(__file__).parents[3]
@@ -97,3 +100,21 @@ def test_an_image_installs_what_its_extra_says() -> None:
     assert any(line.startswith("tokenizers") for line in actor)
     assert not any(line.startswith(("torch", "longshore")) for line in actor)
     assert any(line.startswith("torch") for line in requirements(ROOT / "pyproject.toml", ["local"]))
+
+
+def test_a_worker_takes_every_setting_that_a_plan_gives(tmp_path: Path) -> None:
+    document = {
+        "name": "j",
+        "tasks": {"source": "jsonl", "path": "x.jsonl"},
+        "verifier": {"name": "exact-match"},
+        "train": {"steps": 3},
+        "resources": {"generators": 2},
+    }
+    file = JobFile.model_validate({"project": "p", "job": "j-1", "spec": document, "learner_public_key": "ab" * 32})
+    plan = plan_job(file, Endpoints("redis://b", "unix:/w"), JobPaths(tmp_path, tmp_path / "key"))
+    assert {spec.service for spec in plan} == WORKER_SERVICES
+    for spec in plan:
+        placed = on_sockets(spec, "j-1", tmp_path)
+        assert foreign(placed) == [], spec.name
+        grpc = [value for name, value in placed.env.items() if name.endswith(("_LISTEN", "_GENERATOR", "_VERIFIER"))]
+        assert not any(".grpc}" in value for value in grpc), spec.name
