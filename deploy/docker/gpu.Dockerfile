@@ -76,6 +76,6 @@ ENV PATH=/opt/longshore/bin:$PATH \
     LONGSHORE_SERVICE=${SERVICE}
 USER 10001:10001
 WORKDIR /tmp
-HEALTHCHECK --interval=10s --timeout=10s --start-period=300s --retries=3 CMD ["longshore", "healthcheck"]
+HEALTHCHECK --interval=20s --timeout=20s --start-period=300s --retries=3 CMD ["longshore", "healthcheck"]
 ENTRYPOINT ["longshore"]
 CMD ["serve"]

@@ -30,7 +30,7 @@ def check(address: str) -> int:
 def own_address() -> str:
     """Where this container's process listens, by its own settings. Raises ConfigError when they do not say."""
     if os.environ.get("LONGSHORE_SOCKETS_DIR") and not os.environ.get("LONGSHORE_LISTEN"):
-        from longshore.launcher.waiting import WorkerSettings
+        from longshore.launcher.worker_config import WorkerSettings
 
         return WorkerSettings.from_environment().address(os.environ.get("LONGSHORE_SERVICE", ""))
     listen = os.environ.get("LONGSHORE_LISTEN", "")

@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import re
-import socket
 from pathlib import Path
 
 import prometheus_client
-from pydantic import Field
 
 from longshore.errors import ConfigError
 from longshore.launcher.child_metrics import ChildMetrics
 from longshore.launcher.probe import probe
 from longshore.launcher.service import SupervisorService
 from longshore.launcher.worker import Worker
-from longshore.launcher.worker_sockets import WORKER_SERVICES, WorkerName
+from longshore.launcher.worker_config import WorkerSettings
 from longshore.proto.v1.supervisor_pb2_grpc import add_SupervisorServiceServicer_to_server
 from longshore.rpc.process import run_process
 from longshore.rpc.server import RpcServer
-from longshore.settings import ProcessSettings
-
-
-class WorkerSettings(ProcessSettings):
-    """Settings of one worker. What it runs gets the gateway's settings above the worker's own."""
-
-    sockets_dir: Path = Field(description="folder that the gateway and every worker share")
-    places: int = Field(4, ge=1, le=999, description="processes that it runs at a time")
-
-    def address(self, service: str) -> str:
-        """Raises ConfigError for a service that waits for nothing."""
-        if service not in WORKER_SERVICES:
-            raise ConfigError(f"{service} does not wait for jobs; {', '.join(sorted(WORKER_SERVICES))} do")
-        host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:64] or "host"
-        return f"unix:{WorkerName(service, self.places, host).socket(self.sockets_dir)}"
 
 
 async def serve(service: str, settings: WorkerSettings, stop: asyncio.Event) -> None:

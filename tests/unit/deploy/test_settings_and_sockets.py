@@ -11,8 +11,8 @@ from longshore.console.healthcheck import own_address
 from longshore.errors import ConfigError
 from longshore.launcher.plan import Endpoints, JobPaths, plan_job
 from longshore.launcher.spec import ProcessSpec, Ready, ReadyKind
-from longshore.launcher.waiting import WorkerSettings
 from longshore.launcher.worker import foreign
+from longshore.launcher.worker_config import WorkerSettings
 from longshore.launcher.worker_sockets import WORKER_SERVICES, WorkerName, find_workers, on_sockets
 from longshore.settings import JobFile
 from longshore.weights.config import WeightsSettings

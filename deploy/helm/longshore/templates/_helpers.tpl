@@ -110,11 +110,11 @@ startupProbe:
   failureThreshold: 60
 readinessProbe:
   exec: {command: [longshore, healthcheck]}
-  periodSeconds: 15
+  periodSeconds: 20
   timeoutSeconds: 20
 livenessProbe:
   exec: {command: [longshore, healthcheck]}
-  periodSeconds: 30
+  periodSeconds: 40
   timeoutSeconds: 20
   failureThreshold: 4
 {{- end }}
