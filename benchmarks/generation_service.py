@@ -67,13 +67,12 @@ class World:
         argv = [sys.executable, "-m", "benchmarks.generation_sides", *words]
         return self._talk(argv, f"{side}-{threads}-{dtype}", {}, threads)
 
-    async def serve(self, model: str) -> str:
-        """An origin with one version, and a generator that serves it; the generator's address."""
+    async def serve(self, model: str) -> tuple[str, Talker]:
+        """An origin with one version, and a generator that serves it: the generator's address and process."""
         origin, generator = _address(), _address()
         self._service("weights", origin, STORE_URL=str(self.folder / "store"))
         await self._publish(origin, model)
-        self._service("generator", generator, JOB_FILE=str(self.job_file), WEIGHTS=origin)
-        return generator
+        return generator, self._service("generator", generator, JOB_FILE=str(self.job_file), WEIGHTS=origin)
 
     async def _publish(self, origin: str, model: str) -> None:
         loaded = await asyncio.to_thread(load_model, model)
@@ -90,11 +89,12 @@ class World:
         finally:
             await client.close()
 
-    def _service(self, service: str, address: str, **settings: str) -> None:
+    def _service(self, service: str, address: str, **settings: str) -> Talker:
         named = {"LISTEN": address, "METRICS_LISTEN": "127.0.0.1:0", **settings}
         env = {f"LONGSHORE_{name}": value for name, value in named.items()}
-        self._talk([sys.executable, "-m", "longshore", "serve", service], service, env, 1)
+        talker = self._talk([sys.executable, "-m", "longshore", "serve", service], service, env, 1)
         wait_for([], address)
+        return talker
 
     def _talk(self, argv: Sequence[str], name: str, env: dict[str, str], threads: int) -> Talker:
         limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
@@ -166,7 +166,8 @@ class Callers:
 async def measure(report: Report, world: World, load: Load, engine: str, rounds: int, window_s: float) -> None:
     """Adds the rows of the service against the bare engine, and of updates and log-probs."""
     bare, rounded = (world.side("engine", load.model, 1, dtype) for dtype in ("float32", "bfloat16"))
-    callers = Callers(await world.serve(load.model))
+    address, generator = await world.serve(load.model)
+    callers = Callers(address)
     named = f"{engine}, {load.model}"
     try:
         await callers.until_served()
@@ -176,10 +177,14 @@ async def measure(report: Report, world: World, load: Load, engine: str, rounds:
             ask = f"load {streams} {window_s} {load.reply}"
             await asyncio.to_thread(bare.ask, f"draw {streams} {load.reply}")
             await callers.load(streams, window_s / 4, load.reply)
-            pairs = []
+            pairs, shares = [], []
             for _ in range(rounds):
+                used = _cpu_s(bare)
                 alone = await asyncio.to_thread(bare.ask, ask)
+                own = (_cpu_s(bare) - used) / alone["tokens"]
+                used = _cpu_s(generator)
                 served = await callers.load(streams, window_s, load.reply)
+                shares.append((_cpu_s(generator) - used) / (served * window_s) / own)
                 pairs.append((served, alone["tokens"] / alone["seconds"]))
             ratios = [served / alone for served, alone in pairs]
             rate = statistics.median(alone for _, alone in pairs)
@@ -189,6 +194,12 @@ async def measure(report: Report, world: World, load: Load, engine: str, rounds:
                 "x",
                 against=f"the engine alone, {rate:,.0f} tokens/s; {_spread(ratios)}",
                 at_least=0.95,
+            )
+            report.add(
+                f"{named}: processor time a token, {streams} streams",
+                statistics.median(shares),
+                "x",
+                against=f"the engine alone; the generator's process, not its callers'; {_spread(shares)}",
             )
         await _first(report, named, bare, callers, 60 * rounds)
     finally:
@@ -225,6 +236,12 @@ async def _first(report: Report, named: str, bare: Talker, callers: Callers, cou
         against=f"the engine alone, {1e3 * statistics.median(alone['seconds']):.1f} ms; {_spread(added)}",
         at_most=5.0,
     )
+
+
+def _cpu_s(talker: Talker) -> float:
+    """Processor time that a process has used, all threads of it."""
+    fields = Path(f"/proc/{talker.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -18,12 +18,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+# Of eight speeds one stays, two are between, five are divided.
 LLAMA3 = {
     "rope_type": "llama3",
-    "rope_theta": 10000.0,
+    "rope_theta": 100.0,
     "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
+    "low_freq_factor": 0.5,
+    "high_freq_factor": 2.0,
     "original_max_position_embeddings": 16,
 }
 _MEMBERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
