@@ -1,7 +1,7 @@
 """Generation: the torch engine against transformers, and the generator service against its engine.
 
 Every figure is a ratio against something measured in the same run, in turns, each side a process of its own. What is
-compared and how it was set up: docs/torch-engine.md. The small model is that of examples/first-light.yaml; SmolLM2 needs
+compared, and what came of it: docs/torch-engine.md. The small model is that of examples/first-light.yaml; SmolLM2 needs
 the models that `make bench` installs. For vLLM, run it with the Python of vLLM's environment:
 
     .venv-vllm/bin/python benchmarks/generation.py --engine vllm --only service
