@@ -296,6 +296,9 @@ class JobSpec(Spec):
         if self.tasks.examples and self.environment.name != "single-turn":
             message = "is for environment.name single-turn: others make their own conversation of a task"
             misfits.append(Misfit("tasks.examples", self.tasks.examples, message, ("environment.name",)))
+        if self.generator.engine == "vllm" and self.evaluation.every:
+            message = "must be 0 with generator.engine vllm: it has no room for the evaluated version beside the newest"
+            misfits.append(Misfit("evaluation.every", self.evaluation.every, message, ("generator.engine",)))
         if self.train.warmup_steps > self.train.steps:
             message = f"must not exceed train.steps {self.train.steps}"
             misfits.append(Misfit("train.warmup_steps", self.train.warmup_steps, message, ("train.steps",)))

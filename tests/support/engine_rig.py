@@ -32,7 +32,7 @@ from longshore.generator.torch_slots import SlotOptions, TorchSlotsEngine
 from longshore.types import FinishReason, JobRef, Sampling, VersionConstraint
 from longshore.weights.client import CanaryProbe
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 SLOTS = 4
 PROMPT = (3, 4, 5, 6)
 CANARY = (1, 9, 8, 7, 30, 2, 2, 17)

@@ -60,6 +60,10 @@ def test_the_good_one_has_none() -> None:
             {"generator": {"engine": "vllm"}, "sampling": {"temperature": 2.5}},
             "sampling.temperature: must lie in 0.01..2 with generator.engine vllm",
         ),
+        (
+            {"generator": {"engine": "vllm"}, "evaluation": {"tasks": 9, "every": 5}},
+            "evaluation.every: must be 0 with generator.engine vllm",
+        ),
         ({"name": "a\ud800"}, "name: must be text without zero bytes and half characters"),
     ],
 )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import vllm_rig
 from engine_rig import LONG, PROMPT, SLOTS, WAIT_S, PausedAtFirstEvent, Rig, assert_matches, proof_of
-from tiny_llama import CONTEXT, VOCABULARY, config_json, named_tensors, reference_logprobs, tiny_model
+from tiny_llama import CONTEXT, config_json, named_tensors, reference_logprobs, tiny_model
 from transformers import LlamaForCausalLM
 
 from longshore.errors import IntegrityError, Rejected, Unavailable
@@ -20,6 +19,8 @@ from longshore.generator.vllm_engine.engine import VllmEngine
 from longshore.types import KvMark
 
 pytestmark = pytest.mark.vllm
+# Tokens of a reply that is still being drawn when an update comes.
+WHILE = 100
 # Longer than one block of vLLM's cache: shorter prefixes are not shared.
 PREFIX = tuple(1 + number % 30 for number in range(CONTEXT - 60))
 
@@ -92,7 +93,7 @@ def test_no_token_that_refused_weights_drew_is_ever_told(
     rig = start()
     engine = engine_of(rig)
     held: list[int] = []
-    prove = engine._prove
+    prove = engine._loads.prove
 
     async def slowly(version: object) -> None:
         """Proves only once every request has drawn with what is loaded."""
@@ -101,10 +102,10 @@ def test_no_token_that_refused_weights_drew_is_ever_told(
         held.append(sum(len(run.held) for run in engine._runs.values()))
         await prove(version)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine, "_prove", slowly)
+    monkeypatch.setattr(engine._loads, "prove", slowly)
     prompts = {"a": (1, 2), "b": (3,), "c": PROMPT}
     for name, prompt in prompts.items():
-        rig.submit(name, prompt, tokens=LONG)
+        rig.submit(name, prompt, tokens=WHILE)
     with PausedAtFirstEvent(rig, "a"):
         rig.engine.stage(2, named_tensors(new), proof_of(new, off_by=0.5))
         swapped = rig.engine.swap()
@@ -114,7 +115,7 @@ def test_no_token_that_refused_weights_drew_is_ever_told(
     for name, prompt in prompts.items():
         (outcome,) = rig.wait(name)
         assert {(event.version, event.kv) for event in outcome.events} == {(1, KvMark.RECOMPUTED)}
-        assert len(outcome.tokens) == CONTEXT - len(prompt)
+        assert len(outcome.tokens) == WHILE
         assert_matches(outcome, old, prompt)
 
 
@@ -139,7 +140,7 @@ def test_a_cache_that_is_computed_anew_gives_the_new_versions_logprobs(
     start: Callable[..., Rig], old: LlamaForCausalLM, new: LlamaForCausalLM
 ) -> None:
     rig = start(recompute=True)
-    rig.submit("r", (1, 2), tokens=LONG)
+    rig.submit("r", (1, 2), tokens=WHILE)
     with PausedAtFirstEvent(rig, "r"):
         rig.stage(new, 2)
         swapped = rig.engine.swap()
@@ -169,7 +170,7 @@ def test_a_drain_ends_what_runs_under_the_version_that_it_began_with(
     start: Callable[..., Rig], old: LlamaForCausalLM, new: LlamaForCausalLM
 ) -> None:
     rig = start(drain=True)
-    rig.submit("running", (1, 2), tokens=LONG)
+    rig.submit("running", (1, 2), tokens=WHILE)
     with PausedAtFirstEvent(rig, "running"):
         rig.stage(new, 2)
         swapped = rig.engine.swap()
@@ -228,11 +229,13 @@ def test_temperatures_that_vllm_would_change_are_refused(start: Callable[..., Ri
     assert len(rig.reply("good").tokens) == 6
 
 
-def test_a_request_that_vllm_itself_refuses_ends_alone(start: Callable[..., Rig]) -> None:
+def test_a_request_that_vllm_itself_refuses_ends_alone(
+    start: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rig = start()
-    # Our own checks come first: they have to be led astray.
-    object.__setattr__(rig.engine.limits, "vocab_size", sys.maxsize)
-    rig.submit("foreign", (1, VOCABULARY + 7))
+    # Our own check comes first: it has to be led astray.
+    monkeypatch.setattr("longshore.generator.vllm_engine.engine.MAX_TEMPERATURE", 10.0)
+    rig.submit("foreign", temperature=5.0)
     failure = rig.wait("foreign")[0].failure
     assert failure is not None
     assert failure.failure is Failure.REFUSED

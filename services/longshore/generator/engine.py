@@ -110,6 +110,8 @@ class EngineLimits:
     slots: int
     # Requests that may wait beyond them.
     max_waiting: int
+    # Versions in memory at a time, the served one among them.
+    residents: int = 1
 
 
 @dataclass(frozen=True)

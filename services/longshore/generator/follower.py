@@ -120,6 +120,8 @@ class Follower:
             status = engine.status()
             if version in (status.version, *status.beside):
                 return
+            if engine.limits.residents < 2:
+                raise Unavailable(f"no room for version {version}: this generator holds one version at a time")
             # What was pushed may be withdrawn; its number then comes with other weights.
             published = await self._source.describe(version)
             await self._prepare(version)

@@ -85,7 +85,7 @@ class TorchSlotsEngine:
         """Starts the thread. Raises ConfigError when the cache is too small to decode in."""
         pages, context = _room(shape, options)
         self.shape = shape
-        self.limits = EngineLimits(shape.vocab_size, context, options.slots, options.max_waiting)
+        self.limits = EngineLimits(shape.vocab_size, context, options.slots, options.max_waiting, options.residents)
         self.fingerprint = EngineFingerprint("torch-slots", longshore.__version__, "float32", f"cpu-{shape.digest}")
         self.ended: Future[None] = Future()
         self._emit = emit

@@ -5,5 +5,5 @@ host.py      a thread with an event loop, on which vLLM's front end lives
 process.py   the one file of the generator's process that imports vllm: requests, pauses, loads, scores
 worker.py    the other side: what loads new weights, in each of vLLM's worker processes
 segment.py   the shared memory through which they get there
-loading.py   which tensors a version needs sent
+loading.py   from one version to another: what is sent, the load, its proof
 """

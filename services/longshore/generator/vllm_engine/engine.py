@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from torch import Tensor
 
-from longshore.errors import LongshoreError, Rejected, Unavailable
+from longshore.errors import IntegrityError, Rejected, Unavailable
 from longshore.generator.canary import Proof
 from longshore.generator.engine import (
     Emit,
@@ -42,7 +41,7 @@ from longshore.generator.metrics import EngineMetrics
 from longshore.generator.reply import Reply
 from longshore.generator.scheduler import Scheduler
 from longshore.generator.vllm_engine.host import CLOSE_S, VllmHost
-from longshore.generator.vllm_engine.loading import check_like, to_send
+from longshore.generator.vllm_engine.loading import Loads, Staged, Version, check_like, make_ready
 from longshore.generator.vllm_engine.options import MAX_TEMPERATURE, MIN_TEMPERATURE, VllmOptions
 from longshore.generator.vllm_engine.segment import Segment
 from longshore.types import EngineFingerprint
@@ -52,26 +51,10 @@ if TYPE_CHECKING:
 
 # Deadlines are kept to within this, in seconds; a death of vLLM's processes is seen within it.
 SWEEP_S = 0.05
+# Longest that an update may take; vLLM's workers read from memory.
+UPDATE_S = 600.0
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class _Version:
-    """A version's tensors, as published, and what proves them."""
-
-    version: int
-    tensors: Mapping[str, Tensor]
-    proof: Proof
-
-
-@dataclass(frozen=True)
-class _Staged:
-    """What has to be loaded to get from one version to another."""
-
-    version: _Version
-    base: _Version | None
-    segment: Segment
 
 
 @dataclass
@@ -103,13 +86,13 @@ class VllmEngine:
         self._emit = emit
         self._metrics = metrics
         self._scheduler = Scheduler(options.slots, process.context, drain=options.drain, recompute=options.recompute)
+        self._loads = Loads(process, metrics, options)
         self._runs: dict[int, _Run] = {}
-        self._resident: _Version | None = None
+        self._resident: Version | None = None
         # Names one load of weights: what draws, and whose prefixes may be shared.
         self._label = ""
-        self._serials = itertools.count()
-        self._staged: _Staged | None = None
-        self._next: tuple[_Staged, Future[None]] | None = None
+        self._staged: Staged | None = None
+        self._next: tuple[Staged, Future[None]] | None = None
         self._updating: asyncio.Task[None] | None = None
         self._lock = threading.Lock()
         self._live: set[str] = set()
@@ -118,7 +101,7 @@ class VllmEngine:
         self._reporting = False
         self._status = EngineStatus(None, 0, 0, 0.0)
         self._sweeper: asyncio.Task[None] | None = None
-        self._loop.call_soon_threadsafe(self._begin)
+        self._post(self._begin)
 
     # -- called on any thread
 
@@ -148,7 +131,7 @@ class VllmEngine:
         base = self._resident
         proof.check(self.limits.vocab_size)
         check_like(tensors, base.tensors if base else None)
-        self._staged = _make_ready(_Version(version, tensors, proof), base)
+        self._staged = make_ready(Version(version, tensors, proof), base)
 
     def swap(self) -> Future[None]:
         assert self._staged is not None, "stage a version first"
@@ -282,53 +265,49 @@ class VllmEngine:
 
     # -- updates
 
-    def _begin_swap(self, staged: _Staged, done: Future[None]) -> None:
+    def _begin_swap(self, staged: Staged, done: Future[None]) -> None:
         assert self._next is None, "one swap at a time"
         self._next = (staged, done)
         self._scheduler.next_version = staged.version.version
         self._turn()
 
-    async def _update(self, staged: _Staged, done: Future[None]) -> None:
+    async def _update(self, staged: Staged, done: Future[None]) -> None:
+        """One swap, from its beginning to its end either way.
+
+        Raises:
+            Unavailable: vLLM has died, or did not get through it.
+            IntegrityError: neither the new version nor the one before it could be proven.
+        """
+        refused: IntegrityError | None = None
         try:
-            if staged.base is not self._resident:
-                staged.segment.close()
-                staged = await asyncio.to_thread(_make_ready, staged.version, self._resident)
-            label = await self._loaded(staged)
-            await self._prove(staged.version)
-        except LongshoreError as error:
-            await self._go_back(staged.version.version, error)
-            outcome: LongshoreError | None = error
-        else:
-            await self._adopt(staged.version, label)
-            outcome = None
-        finally:
-            staged.segment.close()
+            async with asyncio.timeout(UPDATE_S):
+                try:
+                    await self._go_to(staged)
+                except IntegrityError as error:
+                    refused = error
+                    await self._go_back(staged.version.version, error)
+        except TimeoutError:
+            raise Unavailable(f"vLLM did not get through an update within {UPDATE_S:.0f} s") from None
         self._next = None
         self._updating = None
         self._set_status()
-        if outcome is None:
+        if refused is None:
             done.set_result(None)
         else:
-            done.set_exception(outcome)
+            done.set_exception(refused)
         self._turn()
 
-    async def _loaded(self, staged: _Staged) -> str:
-        """Loads between two decode steps; the label of what is drawn from now on."""
-        label = f"{staged.version.version}/{next(self._serials)}"
-        await self._process.pause(forget=self._options.recompute)
-        await self._process.load(staged.segment, label)
-        await self._process.resume()
-        return label
+    async def _go_to(self, staged: Staged) -> None:
+        """Raises IntegrityError: the version cannot be loaded, or is not what it says."""
+        if staged.base is not self._resident:
+            staged.segment.close()
+            staged = await asyncio.to_thread(make_ready, staged.version, self._resident)
+        with staged.segment:
+            label = await self._loads.load(staged.segment, staged.version.version)
+        await self._loads.prove(staged.version)
+        await self._adopt(staged.version, label)
 
-    async def _prove(self, version: _Version) -> None:
-        """Raises IntegrityError."""
-        scores = {}
-        for number, canary in enumerate(version.proof.canaries):
-            name = f"canary {number} of load {next(self._serials)}"
-            scores[canary.token_ids] = await self._process.score(name, canary.token_ids)
-        self._metrics.prove(version.proof.gap(lambda token_ids: scores[tuple(token_ids)]), self.fingerprint.dtype)
-
-    async def _adopt(self, version: _Version, label: str) -> None:
+    async def _adopt(self, version: Version, label: str) -> None:
         """What is loaded is proven: the held tokens are this version's."""
         # What the version before drew has to be told first.
         while any(run.draw.is_behind(label) for run in self._runs.values()):  # noqa: ASYNC110 - it is on its way
@@ -344,7 +323,7 @@ class VllmEngine:
             for token, logprob in held:
                 self._drawn(run, token, logprob, now)
 
-    async def _go_back(self, refused: int, reason: LongshoreError) -> None:
+    async def _go_back(self, refused: int, reason: IntegrityError) -> None:
         """Puts the resident version's weights back, and draws anew what the refused ones drew.
 
         Raises:
@@ -364,8 +343,8 @@ class VllmEngine:
         # Nothing that the refused weights computed may be used again.
         await self._process.pause(forget=True)
         with await asyncio.to_thread(Segment, resident.tensors) as segment:
-            self._label = await self._loaded(_Staged(resident, None, segment))
-        await self._prove(resident)
+            self._label = await self._loads.load(segment, resident.version)
+        await self._loads.prove(resident)
         for slot, run in list(self._runs.items()):
             event = run.reply.restarted()
             if event is not None:
@@ -386,9 +365,10 @@ class VllmEngine:
         if not self._events:
             return
         events, self._events = self._events, []
-        self._release(
-            event.request_id for event in events if isinstance(event, RequestFailed) or event.finish is not None
-        )
+        with self._lock:
+            self._live.difference_update(
+                event.request_id for event in events if isinstance(event, RequestFailed) or event.finish is not None
+            )
         self._emit(events)
 
     def _set_status(self) -> None:
@@ -398,10 +378,6 @@ class VllmEngine:
         self._metrics.running.set(running)
         self._metrics.waiting.set(waiting)
         self._status = EngineStatus(self._scheduler.version, running, waiting, self._process.kv_used_ratio)
-
-    def _release(self, request_ids: Iterable[str]) -> None:
-        with self._lock:
-            self._live.difference_update(request_ids)
 
     async def _end(self, error: BaseException | None) -> None:
         """Ends the engine; what runs gets no further event."""
@@ -422,12 +398,6 @@ class VllmEngine:
         self._runs.clear()
         if error is None:
             await asyncio.wait_for(asyncio.gather(*ending, return_exceptions=True), CLOSE_S)
-
-
-def _make_ready(version: _Version, base: _Version | None) -> _Staged:
-    """Raises IntegrityError: what changed is nothing that can be sent."""
-    segment = Segment(to_send(version.tensors, base.tensors if base else None))
-    return _Staged(version, base, segment)
 
 
 def make_engine(config: bytes, options: VllmOptions, emit: Emit, metrics: EngineMetrics) -> VllmEngine:

@@ -6,7 +6,8 @@ Written against vllm 0.32; tests/vllm_engine/test_vllm_contract.py lists what is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,8 @@ from longshore.types import Sampling
 DEAD = "vLLM's engine process has died; its own message is above in this log"
 # Canaries that may run beside a full batch.
 SPARE_SEQUENCES = 2
+# How a part of a reply may end.
+_REASONS = (None, "stop", "length")
 # A canary before every other request.
 _FIRST, _NEXT = -1, 0
 
@@ -77,6 +80,8 @@ class Draw:
             while not finished:
                 output = queue.get_nowait() or await queue.get()
                 finished = output.finished
+                if output.outputs[0].finish_reason not in _REASONS:
+                    raise Rejected("vllm", f"vLLM ended the request: {output.outputs[0].finish_reason}")
                 yield self._part(output.outputs[0], finished)
             queue.close()
         except EngineDeadError:
@@ -90,7 +95,8 @@ class Draw:
             queue = await self._adding
         except Exception:  # noqa: BLE001 - it never got in: whoever reads it is told
             return
-        await self._engine.abort(queue.request_id, internal=True)
+        with _alive():
+            await self._engine.abort(queue.request_id, internal=True)
 
     async def _add(self, request_id: str, prompt: Any, sampling: dict[str, Any]) -> RequestOutputCollector:
         params = SamplingParams(output_kind=RequestOutputKind.DELTA, skip_clone=True, **sampling)
@@ -183,7 +189,8 @@ class VllmProcess:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = {"prompt_token_ids": token_ids, "cache_salt": name}
-        outputs = [output async for output in self._engine.generate(prompt, params, name, priority=_FIRST)]
+        with _alive():
+            outputs = [output async for output in self._engine.generate(prompt, params, name, priority=_FIRST)]
         rows = outputs[-1].prompt_logprobs[1:]
         return [float(row[token].logprob) for row, token in zip(rows, token_ids[1:], strict=True)]
 
@@ -193,7 +200,8 @@ class VllmProcess:
         Args:
             forget: drops what was computed of prompts and replies; requests that go on compute it anew.
         """
-        await self._engine.pause_generation(mode="keep", clear_cache=forget)
+        with _alive():
+            await self._engine.pause_generation(mode="keep", clear_cache=forget)
 
     async def load(self, segment: Segment, label: str) -> None:
         """Puts tensors into the resident model; what is drawn from now on has this label. Only while paused.
@@ -204,16 +212,18 @@ class VllmProcess:
         """
         update = WeightTransferUpdateRequest(update_info={"path": segment.path, "size": segment.size})
         try:
-            await self._engine.start_weight_update()
-            await self._engine.update_weights(update)
-            await self._engine.finish_weight_update(label)
-        except EngineDeadError:
-            raise Unavailable(DEAD) from None
+            with _alive():
+                await self._engine.start_weight_update()
+                await self._engine.update_weights(update)
+                await self._engine.finish_weight_update(label)
+        except Unavailable:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a worker raised comes as a plain Exception
             raise IntegrityError(f"vLLM could not load the version: {error}") from None
 
     async def resume(self) -> None:
-        await self._engine.resume_generation()
+        with _alive():
+            await self._engine.resume_generation()
 
     def _stats(self, config: VllmConfig, engine_index: int) -> StatLoggerBase:
         return _Usage(self)
@@ -264,6 +274,15 @@ def _engine_args(model_dir: str, options: VllmOptions, device: str) -> AsyncEngi
         disable_log_stats=True,
         **memory,
     )
+
+
+@contextlib.contextmanager
+def _alive() -> Iterator[None]:
+    """Raises Unavailable where vLLM's processes have died."""
+    try:
+        yield
+    except EngineDeadError:
+        raise Unavailable(DEAD) from None
 
 
 def _retrieve(done: asyncio.Future[Any]) -> None:
