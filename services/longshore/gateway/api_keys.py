@@ -73,8 +73,7 @@ class ApiKeys:
         form = _FORM.fullmatch(text)
         if form is None:
             return None
-        async with self._database.connected() as connection:
-            row = (await connection.execute(select(_keys).where(_keys.c.id == form[1]))).mappings().first()
+        row = next(iter(await self._database.rows(select(_keys).where(_keys.c.id == form[1]))), None)
         if row is None or not hmac.compare_digest(row["sha256"], _digest(text)):
             return None
         key = _key({name: value for name, value in row.items() if name != "sha256"})
@@ -90,16 +89,14 @@ class ApiKeys:
             query = query.where(or_(end.is_(None), end > now))
         if project is not None:
             query = query.where(_keys.c.project == project)
-        async with self._database.connected() as connection:
-            return [_key(row) for row in (await connection.execute(query)).mappings()]
+        return [_key(row) for row in await self._database.rows(query)]
 
     async def get(self, key_id: str, project: str | None) -> ApiKey:
         """A key, with `project` only if it is that project's. Raises NotFound."""
         query = select(*_SHOWN).where(_keys.c.id == key_id)
         if project is not None:
             query = query.where(_keys.c.project == project)
-        async with self._database.connected() as connection:
-            row = (await connection.execute(query)).mappings().first()
+        row = next(iter(await self._database.rows(query)), None)
         if row is None:
             raise NotFound(f"there is no API key {key_id}")
         return _key(row)

@@ -50,5 +50,4 @@ class AuditLog:
             query = query.where(_audit.c.project == project)
         if before is not None:
             query = query.where(_audit.c.id < before)
-        async with self._database.connected() as connection:
-            return [AuditRow(**row) for row in (await connection.execute(query)).mappings()]
+        return [AuditRow(**row) for row in await self._database.rows(query)]

@@ -5,8 +5,10 @@ One transaction a block; nothing is cached. Knows no table's meaning.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import sqlalchemy
@@ -14,7 +16,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.util import CommandError
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, Engine, RowMapping, Select, create_engine, event
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -28,6 +30,8 @@ _BUSY_MS = 10_000
 # Of one gateway. A stream of events takes one only while it reads.
 _POOL_SIZE = 10
 _POOL_WAIT_S = 30.0
+# Of SQLite at a time; they share the processor with everything else here.
+_READERS = 4
 
 
 class Database:
@@ -39,8 +43,15 @@ class Database:
             self._engine: AsyncEngine = create_async_engine(url, **_options(url))
         except (ArgumentError, ModuleNotFoundError) as error:
             raise ConfigError(f"LONGSHORE_DATABASE_URL: {error}") from None
+        # SQLite's reads go through threads of our own, one trip each: its asyncio driver makes six of a query.
+        self._reader: Engine | None = None
+        self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="database")
         if self.dialect == "sqlite":
             event.listen(self._engine.sync_engine, "connect", _prepare_sqlite)
+            # A database in memory is one connection's alone.
+            if self._engine.url.database:
+                self._reader = create_engine(self._engine.url.set(drivername="sqlite"), pool_size=_READERS)
+                event.listen(self._reader, "connect", _prepare_sqlite)
 
     @property
     def dialect(self) -> str:
@@ -63,6 +74,24 @@ class Database:
 
     async def close(self) -> None:
         await self._engine.dispose()
+        if self._reader is not None:
+            await asyncio.to_thread(self._reader.dispose)
+        self._threads.shutdown(wait=False)
+
+    async def rows(self, query: Select[Any]) -> Sequence[RowMapping]:
+        """What one query finds. Raises Unavailable as `connected` does."""
+        if self._reader is None:
+            async with self.connected() as connection:
+                found: Sequence[RowMapping] = (await connection.execute(query)).mappings().all()
+                return found
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, self._reader, query)
+
+    def _read(self, reader: Engine, query: Select[Any]) -> Sequence[RowMapping]:
+        try:
+            with reader.connect() as connection:
+                return connection.execute(query).mappings().all()
+        except (OperationalError, sqlalchemy.exc.TimeoutError) as error:
+            raise _unavailable(error) from None
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[AsyncConnection]:

@@ -20,9 +20,8 @@ class Projects:
 
     async def quotas(self) -> dict[str, Limits]:
         """By project."""
-        async with self._database.connected() as connection:
-            rows = (await connection.execute(select(_projects))).mappings()
-            return {row["name"]: Limits(row["max_jobs"], row["max_generators"], row["max_gpus"]) for row in rows}
+        rows = await self._database.rows(select(_projects))
+        return {row["name"]: Limits(row["max_jobs"], row["max_generators"], row["max_gpus"]) for row in rows}
 
     async def set_quotas(self, project: str, limits: Limits) -> None:
         """From now on; jobs that have a place keep it."""

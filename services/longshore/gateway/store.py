@@ -103,8 +103,7 @@ class JobStore:
         query = select(*_WHOLE, _jobs.c.request_sha256).where(
             _jobs.c.project == project, _jobs.c.idempotency_key == idempotency_key
         )
-        async with self._database.connected() as connection:
-            row = (await connection.execute(query)).mappings().first()
+        row = next(iter(await self._database.rows(query)), None)
         if row is None:
             return None
         return _job({name: value for name, value in row.items() if name != "request_sha256"}), row["request_sha256"]
@@ -114,8 +113,7 @@ class JobStore:
         query = select(*_WHOLE).where(_jobs.c.id == job_id)
         if project is not None:
             query = query.where(_jobs.c.project == project)
-        async with self._database.connected() as connection:
-            row = (await connection.execute(query)).mappings().first()
+        row = next(iter(await self._database.rows(query)), None)
         if row is None:
             # The same words for a job that is another project's: nobody is told that it is there.
             raise NotFound(f"there is no job {job_id}")
@@ -152,9 +150,9 @@ class JobStore:
     async def count_unfinished(self, project: str) -> int:
         """A project's jobs that have not ended."""
         states = [state.value for state in JobState if not state.ended]
-        query = select(func.count()).select_from(_jobs).where(_jobs.c.project == project, _jobs.c.state.in_(states))
-        async with self._database.connected() as connection:
-            return int((await connection.execute(query)).scalar_one())
+        counted = func.count().label("number")
+        query = select(counted).select_from(_jobs).where(_jobs.c.project == project, _jobs.c.state.in_(states))
+        return int((await self._database.rows(query))[0]["number"])
 
     async def move(self, job_id: str, target: JobState, message: str = "") -> Job:
         """Moves a job to a state and says so in an event.
@@ -208,9 +206,8 @@ class JobStore:
     async def events(self, job_id: str, after: int, limit: int) -> list[Event]:
         """Events of a job after an event id, oldest first."""
         query = select(_events).where(_events.c.job == job_id, _events.c.id > after).order_by(_events.c.id)
-        async with self._database.connected() as connection:
-            rows = (await connection.execute(query.limit(limit))).mappings()
-            return [Event(row["id"], row["time"], row["type"], row["body"]) for row in rows]
+        rows = await self._database.rows(query.limit(limit))
+        return [Event(row["id"], row["time"], row["type"], row["body"]) for row in rows]
 
     def changed(self) -> asyncio.Event:
         """An event that is set at the next change of any job; take it before reading, wait for it after."""
@@ -221,8 +218,7 @@ class JobStore:
         changed.set()
 
     async def _listed(self, query: Select[Any]) -> list[Job]:
-        async with self._database.connected() as connection:
-            return [_job(row) for row in (await connection.execute(query)).mappings()]
+        return [_job(row) for row in await self._database.rows(query)]
 
 
 async def wait_for_any(*events: asyncio.Event, timeout: float | None) -> None:
