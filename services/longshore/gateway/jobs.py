@@ -225,15 +225,21 @@ def new_id(name: str) -> str:
 
 
 def named_paths(document: object) -> list[tuple[str, str]]:
-    """(setting, path) of the files on this machine that a job's document names."""
-    found = []
-    for part in ("model", "tasks"):
-        section = document.get(part) if isinstance(document, dict) else None
-        path = section.get("path") if isinstance(section, dict) else None
-        # A path that is none is the check's to refuse.
-        if isinstance(path, str) and "\0" not in path:
-            found.append((f"{part}.path", path))
-    return found
+    """(setting, path) of the files on this machine that a job's document names, in plug-ins' options too: every text
+    that is called `path` or `..._path`."""
+    found: list[tuple[str, str]] = []
+    waiting: list[tuple[str, object]] = [("", document)]
+    while waiting:
+        where, value = waiting.pop()
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for name, item in parts:
+            inside = f"{where}.{name}" if where else str(name)
+            waiting.append((inside, item))
+            # A path that is none is the check's to refuse.
+            named = isinstance(name, str) and (name == "path" or name.endswith("_path"))
+            if named and isinstance(item, str) and "\0" not in item:
+                found.append((inside, item))
+    return sorted(found)
 
 
 def _real(path: str | Path) -> Path:
