@@ -29,7 +29,7 @@ _MIGRATION_LOCK = 0x4C53_4D49
 _BUSY_MS = 10_000
 # Of one gateway. A stream of events takes one only while it reads.
 _POOL_SIZE = 10
-_POOL_WAIT_S = 30.0
+_WAIT_S = 30.0
 # Of SQLite at a time; they share the processor with everything else here.
 _READERS = 4
 
@@ -45,7 +45,8 @@ class Database:
             raise ConfigError(f"LONGSHORE_DATABASE_URL: {error}") from None
         # SQLite's reads go through threads of our own, one trip each: its asyncio driver makes six of a query.
         self._reader: Engine | None = None
-        self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="database")
+        self._threads = _threads()
+        self._writing = asyncio.Lock()
         if self.dialect == "sqlite":
             event.listen(self._engine.sync_engine, "connect", _prepare_sqlite)
             # A database in memory is one connection's alone.
@@ -73,10 +74,28 @@ class Database:
             await connection.run_sync(_migrate)
 
     async def close(self) -> None:
+        """Lets go of every connection and thread; whoever asks once more gets new ones."""
         await self._engine.dispose()
         if self._reader is not None:
             await asyncio.to_thread(self._reader.dispose)
         self._threads.shutdown(wait=False)
+        self._threads = _threads()
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """SQLite has one writer at a time and no queue for the others: here they come in turn. Raises Unavailable."""
+        if self.dialect != "sqlite":
+            yield
+            return
+        try:
+            async with asyncio.timeout(_WAIT_S):
+                await self._writing.acquire()
+        except TimeoutError:
+            raise Unavailable(f"the job database was busy for {_WAIT_S:.0f} s") from None
+        try:
+            yield
+        finally:
+            self._writing.release()
 
     async def rows(self, query: Select[Any]) -> Sequence[RowMapping]:
         """What one query finds. Raises Unavailable as `connected` does."""
@@ -97,7 +116,7 @@ class Database:
     async def connected(self) -> AsyncIterator[AsyncConnection]:
         """One transaction. Raises Unavailable while the database cannot be used: its disk is full, it is away."""
         try:
-            async with self._engine.begin() as connection:
+            async with self._turn(), self._engine.begin() as connection:
                 yield connection
         except (OperationalError, InterfaceError, OSError, sqlalchemy.exc.TimeoutError) as error:
             raise _unavailable(error) from None
@@ -108,6 +127,11 @@ class Database:
             raise _unavailable(error) from None
 
 
+def _threads() -> ThreadPoolExecutor:
+    """Has no thread before it is used."""
+    return ThreadPoolExecutor(_READERS, thread_name_prefix="database")
+
+
 def _unavailable(error: Exception) -> Unavailable:
     return Unavailable(f"the job database cannot be used: {getattr(error, 'orig', None) or error}")
 
@@ -115,7 +139,7 @@ def _unavailable(error: Exception) -> Unavailable:
 def _options(url: str) -> dict[str, Any]:
     if url.startswith("sqlite"):
         return {}
-    return {"pool_size": _POOL_SIZE, "max_overflow": _POOL_SIZE, "pool_timeout": _POOL_WAIT_S, "pool_pre_ping": True}
+    return {"pool_size": _POOL_SIZE, "max_overflow": _POOL_SIZE, "pool_timeout": _WAIT_S, "pool_pre_ping": True}
 
 
 def _migrate(connection: Connection) -> None:

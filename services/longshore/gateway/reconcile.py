@@ -20,6 +20,7 @@ log = structlog.get_logger()
 
 # Changes wake the loop; this is for what other gateways and clocks do.
 _LOOK_EVERY_S = 2.0
+_GATHER_S = 0.05
 _CANCEL_ROUNDS = 5
 
 
@@ -49,6 +50,8 @@ class Reconciler:
                 except Unavailable as error:
                     log.warning("jobs cannot be looked at", reason=str(error))
                 await wait_for_any(changed, stop, timeout=_LOOK_EVERY_S)
+                # Many changes at once are one look: each goes through every job that has not ended.
+                await wait_for_any(stop, timeout=_GATHER_S)
         finally:
             await _end([watching, *self._drivers.values()])
 
