@@ -130,6 +130,34 @@ async def test_a_process_that_stops_answering_is_killed_and_started_again(proces
     assert status.processes[0].exit_code == -signal.SIGKILL
     assert not alive(stopped.pid)
     assert status.processes[1].restarts == 0, "it answered all the time"
+    assert "a did not answer 3 times in a row" in log_of(status.processes[0])
+    await supervisor.close(STACK_UNIT)
+
+
+WORK = LISTEN + "while True:\n    sum(range(10_000))\n"
+
+
+@pytest.mark.parametrize("most", [5, 10_000])
+async def test_a_process_that_works_and_does_not_answer_gets_longer(process, most: int) -> None:
+    looks, many = 0, asyncio.Event()
+
+    async def once(ready: Ready) -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 50:
+            many.set()
+        return looks == 1
+
+    # Apart enough for a tick of processor time between two looks, whatever else runs.
+    rules = replace(RULES, look_every=0.05, max_silent_looks=25, max_busy_looks=most)
+    supervisor = Supervisor(once, rules)
+    await supervisor.apply("job", [process("a", WORK)])
+    if most == 5:
+        await until(supervisor, "job", lambda status: status.processes[0].restarts == 1)
+    else:
+        await asyncio.wait_for(many.wait(), DEADLINE_S)
+        assert supervisor.snapshot()[0].processes[0].restarts == 0
+    supervisor.hurry()
     await supervisor.close(STACK_UNIT)
 
 

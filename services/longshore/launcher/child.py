@@ -54,6 +54,9 @@ class Rules:
     # or stuck: within the 15 s of an actor's default lease. Looks are counted, not time: a machine that slept has none.
     look_every: float = 2.0
     max_silent_looks: int = 4
+    # One that does not answer and yet works (it imports, or loads a model, where others want the processor too) gets
+    # this many looks.
+    max_busy_looks: int = 20
 
 
 @dataclass
@@ -199,12 +202,16 @@ class Child:
     async def _watch(self, pid: int) -> None:
         """Sees a process become ready; kills it when it does not, or when it stops answering."""
         await self._await_ready(pid)
-        silent = 0
-        while self._pid == pid and silent < self._rules.max_silent_looks:
+        silent = idle = 0
+        used = cpu_seconds(pid)
+        while self._pid == pid and idle < self._rules.max_silent_looks and silent < self._rules.max_busy_looks:
             await asyncio.sleep(self._rules.look_every)
             silent = 0 if await self._probe(self.spec.ready) else silent + 1
+            before, used = used, cpu_seconds(pid)
+            idle = idle + 1 if silent and used == before else 0
         if self._pid == pid:
-            log.error("process does not answer", process=self.spec.name, looks=silent)
+            log.error("process does not answer", process=self.spec.name, looks=silent, idle=idle)
+            self._explain(f"did not answer {silent} times in a row, and was killed for it")
             _kill_group(pid)
 
     async def _await_ready(self, pid: int) -> None:
@@ -212,6 +219,7 @@ class Child:
         while not await self._probe(self.spec.ready):
             if time.monotonic() > deadline and self._pid == pid:
                 log.error("process did not become ready", process=self.spec.name, after_s=self._rules.start_timeout)
+                self._explain(f"was not ready after {self._rules.start_timeout:.0f} s, and was killed for it")
                 _kill_group(pid)
             if self._pid != pid or time.monotonic() > deadline:
                 return
@@ -233,9 +241,24 @@ class Child:
             _kill_group(process.pid)
             await exited
 
+    def _explain(self, text: str) -> None:
+        """Says in the process's own log, where people look, what the process itself cannot say."""
+        with contextlib.suppress(OSError), self.spec.log_path.open("a") as log_file:
+            log_file.write(f"{self.spec.name} {text}\n")
+
     def _set(self, state: ProcessState) -> None:
         self.state = state
         self.on_change()
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """Processor time that a process has used; None where that cannot be told, or when it has gone."""
+    try:
+        # The name in brackets may hold anything; user and system time are the 12th and 13th fields behind it.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _kill_group(pid: int) -> None:
