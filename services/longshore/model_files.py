@@ -13,7 +13,8 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 SAFETENSORS, INDEX = "*.safetensors", "model.safetensors.index.json"
 # Formats that run code when they are loaded (law 10).
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_DECODER = "ForCausalLM"
+# How transformers calls decoders with their head; the second is GPT-2 and its kin.
+_DECODER = ("ForCausalLM", "LMHeadModel")
 _GGUF = b"GGUF"
 _SAVE_AGAIN = "save it as safetensors where you trust it (save_pretrained)"
 

@@ -24,6 +24,10 @@ def test_a_checkpoint_is_fine(tmp_path: Path) -> None:
     assert checkpoint_faults(checkpoint(tmp_path / "m", "tokenizer.json", "model.safetensors")) == []
 
 
+def test_decoders_of_an_older_name_are_fine() -> None:
+    assert config_faults(json.dumps({"architectures": ["GPT2LMHeadModel"]}).encode()) == []
+
+
 def test_everything_that_is_missing_is_named(tmp_path: Path) -> None:
     assert checkpoint_faults(tmp_path / "nowhere") == ["there is no such directory"]
     found = checkpoint_faults(tmp_path)
