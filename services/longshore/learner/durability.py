@@ -78,7 +78,8 @@ class Durability:
         files = Files()
         if parts.replay is not None:
             state["replay"], files = parts.replay.state(), parts.replay.begin_checkpoint()
-        snapshot = take_snapshot(parts.trainer, parts.progress.step, state)
+        # Seconds with a real model. No train step is taken meanwhile: whoever asks for a checkpoint waits for this.
+        snapshot = await asyncio.to_thread(take_snapshot, parts.trainer, parts.progress.step, state)
         self._writing = asyncio.create_task(self._write(snapshot, covered, told, files))
 
     async def settled(self) -> None:

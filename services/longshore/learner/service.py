@@ -86,15 +86,16 @@ async def _run(
     tasks = TrainCursor(source, spec.tasks.heldout_fraction, seed=spec.seed)
     seen = islice(iter(tasks.next, None), TOKENIZER_TASKS)
     policy, assets = await asyncio.to_thread(build_policy, spec, seen, settings.models_dir)
-    renderer = Renderer(assets)
-    trainer = Trainer(policy, spec.train, spec.max_sampled, spec.seed)
+    # Seconds each with a real model: who looks whether this process lives must be answered meanwhile.
+    renderer = await asyncio.to_thread(Renderer, assets)
+    trainer = await asyncio.to_thread(Trainer, policy, spec.train, spec.max_sampled, spec.seed)
     if snapshot is None:
         try:
             snapshot = await _first_light(job, trainer, renderer, source, reporter, checkpoints, link, stop)
         except Cancelled:
             await reporter.finish("cancelled", Progress(started_at=time.time()), Ledger())
             return
-    restore_snapshot(trainer, snapshot)
+    await asyncio.to_thread(restore_snapshot, trainer, snapshot)
     await link.acknowledge(covered_by(snapshot))
     progress, ledger, tasks_known = _progress(snapshot), _ledger(snapshot), _tasks_known(snapshot)
 
@@ -157,7 +158,7 @@ async def _first_light(
         await _warm_start(trainer, examples, job.spec.warm_start, reporter, link, stop)
     progress = Progress(started_at=started_at)
     state = {"ledger": Ledger().state(), "progress": progress.state(), "epoch": link.epoch}
-    snapshot = take_snapshot(trainer, 0, state)
+    snapshot = await asyncio.to_thread(take_snapshot, trainer, 0, state)
     await when_there_is_room(lambda: write_checkpoint(checkpoints, snapshot), "the first checkpoint")
     return snapshot
 

@@ -246,6 +246,10 @@ class _Usage(StatLoggerBase):
         pass
 
 
+# The smallest that its attention on a CPU is fast with.
+_CPU_BLOCK = 32
+
+
 def _engine_args(model_dir: str, options: VllmOptions, device: str) -> AsyncEngineArgs:
     on_cpu = device == "cpu"
     memory = (
@@ -266,6 +270,8 @@ def _engine_args(model_dir: str, options: VllmOptions, device: str) -> AsyncEngi
         # After temperature: what was drawn from.
         logprobs_mode="processed_logprobs",
         enable_prefix_caching=True,
+        # Beginnings are shared by whole blocks; the default on a CPU is 128 tokens, longer than many prompts.
+        block_size=_CPU_BLOCK if on_cpu else None,
         scheduling_policy="priority",
         # Compiling for a CPU takes longer than it saves in a short job.
         enforce_eager=on_cpu,
