@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from longshore.client import ApiClient
 from longshore.config import JobSpec
 from longshore.errors import ConfigError, Fault, InvalidJobSpec, NotFound, Unavailable
-from longshore.gateway import driver
+from longshore.gateway import driver, jobs
 from longshore.launcher.spec import UnitState
 from longshore.rpc.http_server import serve_http
 
@@ -151,6 +151,20 @@ async def test_whoever_gives_up_before_the_answer_gets_no_job(bench: GatewayBenc
         # The next one's check comes after it.
         job = await client.submit(document())
     assert [stored.id for stored in await bench.store.newest(10)] == [job["id"]]
+
+
+async def test_checks_that_do_not_end_take_no_more_threads(
+    bench: GatewayBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "CHECK_TIMEOUT_S", 0.05)
+    bench.may_pass.clear()
+    async with bench.http() as http:
+        for _ in range(4):
+            assert (await http.post("/v1/jobs", json=document())).status_code == 503
+        assert bench.checks == 2
+        bench.may_pass.set()
+        monkeypatch.setattr(jobs, "CHECK_TIMEOUT_S", 20.0)
+        assert (await http.post("/v1/jobs", json=document())).status_code == 201
 
 
 async def test_yaml_is_as_good_as_json(bench: GatewayBench) -> None:

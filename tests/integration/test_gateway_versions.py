@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from gateway_bench import GatewayBench
 from redis.asyncio import Redis
 from weight_origin import ASSETS, publish_versions, tensors_of, weight_origin
 
-from longshore.gateway import driver
+from longshore.errors import Unavailable
+from longshore.gateway import driver, version_routes, versions
 from longshore.gateway.prepare import job_paths, prepare
 from longshore.launcher.plan import JobPaths
 from longshore.settings import JobFile
@@ -112,6 +114,43 @@ async def test_a_model_is_downloaded_as_one_safetensors_file(learned: Learned, t
     assert answer.headers["content-length"] == str(len(answer.content))
 
 
+class SlowReader:
+    """Whoever asked for a model, and reads it once they may."""
+
+    def __init__(self) -> None:
+        self.may_read = asyncio.Event()
+
+    async def receive(self) -> dict[str, object]:
+        await asyncio.Event().wait()
+        return {}
+
+    async def send(self, message: object) -> None:
+        await self.may_read.wait()
+
+
+async def test_models_that_nobody_reads_fill_no_memory(learned: Learned, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "_TURN_S", 0.02)
+    runs = learned.paths.run_dir.parent
+    held = versions.Versions(learned.bench.weights, lambda _: learned.paths)
+    routes = version_routes.VersionRoutes(held, learned.bench._rotate, runs)
+    job = await learned.bench.store.get(learned.file.job)
+    scope = {"type": "http", "path": "/x", "asgi": {"spec_version": "2.4"}}
+    reader = SlowReader()
+    async with asyncio.timeout(20):
+        sending = [
+            asyncio.create_task((await routes.model(job, 4))(scope, reader.receive, reader.send)) for _ in range(2)
+        ]
+        with pytest.raises(Unavailable, match="memory"):
+            await routes.model(job, 4)
+        reader.may_read.set()
+        await asyncio.gather(*sending)
+        # One that is never read is given up.
+        reader.may_read.clear()
+        monkeypatch.setattr(version_routes, "_PATIENCE_S", 0.02)
+        for _ in range(3):
+            await (await routes.model(job, 4))(scope, reader.receive, reader.send)
+
+
 async def test_a_fork_begins_with_a_version_and_changed_settings(learned: Learned) -> None:
     changes = {"name": "forked", "train": {"learning_rate": 1e-5}, "seed": None}
     headers = {"Idempotency-Key": "f"}
@@ -133,6 +172,11 @@ async def test_a_fork_begins_with_a_version_and_changed_settings(learned: Learne
     assert names_in(learned.paths.run_dir.parent) == {learned.file.job, fork["id"]}
     other = await learned.http.post(learned.path + "/fork", json={"version": 5}, headers=headers)
     assert other.status_code == 409
+    # Asked for again once the version has gone, it is still that fork.
+    await publish_versions(learned.bench.weights, learned.file, learned.key, 9)
+    await learned.get("/versions/4", 404)
+    again = await learned.http.post(learned.path + "/fork", json=bodies[0], headers=headers)
+    assert (again.status_code, again.json()["id"]) == (201, fork["id"])
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,11 @@ class Authenticator:
 
     async def __call__(self, text: str, address: str) -> Principal:
         """Whose key a text is. Raises Problem: 401, 429."""
-        now = time.monotonic()
-        _check_rate(self._strangers.wait(address, now))
         caller = await self._find(text)
+        now = time.monotonic()
         if caller is None:
-            self._strangers.take(address, now)
+            # Whoever has a key is let in whatever others send from there: behind a proxy all have one address.
+            _check_rate(self._strangers.take(address, now))
             detail = "send Authorization: Bearer <API key>, with one that is known and has neither expired nor ended"
             raise Problem(401, detail, {"WWW-Authenticate": "Bearer"})
         _check_rate(self._callers.take(caller.id, now))

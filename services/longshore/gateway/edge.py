@@ -23,6 +23,8 @@ log = structlog.get_logger()
 REQUEST_ID = "X-Request-Id"
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _SAFE = ("GET", "HEAD", "OPTIONS")
+# A method may be any word: as a label of metrics, a stranger's words would fill the memory.
+_METHODS = frozenset({*_SAFE, "POST", "PUT", "PATCH", "DELETE"})
 
 
 class Edge:
@@ -48,7 +50,8 @@ class Edge:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
                 route = getattr(scope.get("route"), "path", "unknown")
-                metrics.REQUESTS.labels(scope["method"], route, str(message["status"])).inc()
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                metrics.REQUESTS.labels(method, route, str(message["status"])).inc()
                 metrics.REQUEST_SECONDS.labels(route).observe(time.monotonic() - began)
                 # Before the answer: what was answered was written down.
                 await self._note(scope, state, message["status"])

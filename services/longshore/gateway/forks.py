@@ -47,7 +47,10 @@ class Forks:
         # What the parent was warmed up to is in its weights.
         spec = {**parent.spec, "project": parent.project, "warm_start": None}
         spec = _merged(spec, changes)
-        export = await self._versions.export(parent, version)
+        earlier = await self._jobs.earlier(spec, sent)
+        if earlier is not None:
+            # Its version may have gone meanwhile, and is not needed any more.
+            return earlier
         # A name that is none is refused below; until then it must be no path.
         name = spec.get("name")
         sound = isinstance(name, str) and re.fullmatch(NAME_PATTERN, name)
@@ -56,12 +59,13 @@ class Forks:
         spec["model"] = {"kind": "directory", "path": str(folder / _FOLDER)}
         job: Job | None = None
         try:
-            try:
-                await asyncio.to_thread(_write, folder / _FOLDER, export)
-            except OSError as error:
-                raise Unavailable(f"version {export.version.version} cannot be written: {error.strerror}") from None
-            lineage = (parent.id, export.version.version)
-            job = await self._jobs.submit(spec, replace(sent, job_id=job_id, parent=lineage))
+            async with self._versions.export(parent, version) as export:
+                number = export.version.version
+                try:
+                    await asyncio.to_thread(_write, folder / _FOLDER, export)
+                except OSError as error:
+                    raise Unavailable(f"version {number} cannot be written: {error.strerror}") from None
+            job = await self._jobs.submit(spec, replace(sent, job_id=job_id, parent=(parent.id, number)))
         finally:
             if job is None or job.id != job_id:
                 # Refused, or asked for before: then that job has its own.

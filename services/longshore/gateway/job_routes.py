@@ -175,8 +175,7 @@ class JobRoutes:
         if follow:
             stream = log_stream(self._store, job.id, folder, service, tail, self._stop)
             return StreamingResponse(stream, media_type="text/plain; charset=utf-8")
-        text = [labelled(name, LogReader(path, tail).read(), len(files) == 1) for name, path in files.items()]
-        return PlainTextResponse("".join(text))
+        return PlainTextResponse(await asyncio.to_thread(_last_lines, files, tail))
 
     async def summary(self, job: ViewedJob) -> JSONResponse:
         """What the job's summary.json holds. 404 until it has ended in order."""
@@ -204,6 +203,10 @@ class JobRoutes:
             "parent": parent,
             "spec": job.spec,
         }
+
+
+def _last_lines(files: dict[str, Path], tail: int) -> str:
+    return "".join(labelled(name, LogReader(path, tail).read(), len(files) == 1) for name, path in files.items())
 
 
 def _submission(request: Request, caller: Principal, idempotency_key: str | None) -> Submission:

@@ -85,24 +85,32 @@ class Jobs:
             Conflict: the key was used for something else, or too many jobs of the project wait.
             Unavailable: the check did not end in time, or nobody waits for its answer any more.
         """
-        digest = hashlib.sha256(repr(document if sent.request is None else sent.request).encode("utf-8", "replace"))
-        document = _in_project(document, sent.caller)
-        project = _project_of(document)
-        # Before anything is looked up: another project's keys are not this caller's to try.
-        if project is not None and not sent.caller.sees(project):
-            raise Forbidden(f"{sent.caller.id} may not submit to project {project}")
-        earlier = await self._earlier(project, sent.idempotency_key, digest.hexdigest())
+        earlier = await self.earlier(document, sent)
         if earlier is not None:
             return earlier
+        digest = _digest(document, sent)
+        document = _in_project(document, sent.caller)
         await self._check_paths(document, sent)
         spec = await self._checked(document)
         needs = needs_of(spec)
         await self._check_quotas(spec.project, needs)
         if await sent.given_up():
             raise Unavailable("whoever submitted this has gone; nothing is stored")
-        job = await self._create(spec, needs, sent, digest.hexdigest())
+        job = await self._create(spec, needs, sent, digest)
         log.info("job queued", job=job.id, project=job.project, principal=sent.caller.id)
         return job
+
+    async def earlier(self, document: object, sent: Submission) -> Job | None:
+        """The job that the same submission made before under its idempotency key.
+
+        Raises:
+            Forbidden, Conflict: as `submit`.
+        """
+        project = _project_of(_in_project(document, sent.caller))
+        # Before anything is looked up: another project's keys are not this caller's to try.
+        if project is not None and not sent.caller.sees(project):
+            raise Forbidden(f"{sent.caller.id} may not submit to project {project}")
+        return await self._earlier(project, sent.idempotency_key, _digest(document, sent))
 
     async def cancel(self, job: Job) -> Job:
         """Asks for a job's end. A job that is being cancelled, or was, is answered as it is.
@@ -136,11 +144,22 @@ class Jobs:
         return await self.store.move(job.id, through, why)
 
     async def _checked(self, document: object) -> JobSpec:
-        async with self._checks:
-            try:
-                return await asyncio.wait_for(asyncio.to_thread(self._check, document), CHECK_TIMEOUT_S)
-            except TimeoutError:
-                raise Unavailable(f"the job could not be checked within {CHECK_TIMEOUT_S:.0f} s") from None
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                await self._checks.acquire()
+                work = asyncio.create_task(asyncio.to_thread(self._check, document))
+                # A check that takes too long goes on in its thread, and keeps its place until it is done: else a few
+                # of them would take every thread that the gateway has.
+                work.add_done_callback(self._check_done)
+                return await asyncio.shield(work)
+        except TimeoutError:
+            raise Unavailable(f"the job could not be checked within {CHECK_TIMEOUT_S:.0f} s") from None
+
+    def _check_done(self, work: asyncio.Task[JobSpec]) -> None:
+        self._checks.release()
+        if not work.cancelled():
+            # Told to whoever waits; where nobody does any more, it is of no interest.
+            work.exception()
 
     async def _check_paths(self, document: object, sent: Submission) -> None:
         """Raises InvalidJobSpec: a caller of one project names files that are not that project's to read."""
@@ -240,6 +259,11 @@ def named_paths(document: object) -> list[tuple[str, str]]:
             if named and isinstance(item, str) and "\0" not in item:
                 found.append((inside, item))
     return sorted(found)
+
+
+def _digest(document: object, sent: Submission) -> str:
+    request = document if sent.request is None else sent.request
+    return hashlib.sha256(repr(request).encode("utf-8", "replace")).hexdigest()
 
 
 def _real(path: str | Path) -> Path:

@@ -95,7 +95,8 @@ class Tokens:
         """Asks for the issuer's keys; those that are known stay in use while it does not answer."""
         try:
             found = await asyncio.to_thread(self._client.get_signing_keys)
-        except jwt.PyJWTError as error:
+        except (jwt.PyJWTError, ValueError, OSError) as error:
+            # What is no JSON, and an answer that breaks off, pass through PyJWT's own errors.
             log.warning("keys of the issuer not had", url=self._issuer.jwks_url, reason=str(error))
             return
         self._keys = {key.key_id: key for key in found if key.key_id}

@@ -32,11 +32,6 @@ class RateLimiter:
         self._put(caller, left - 1 if allowed else left, now)
         return 0.0 if allowed else (1 - left) / self._rate.per_s
 
-    def wait(self, caller: str, now: float) -> float:
-        """What `take` would answer, without counting."""
-        left = self._left(caller, now)
-        return 0.0 if left >= 1 else (1 - left) / self._rate.per_s
-
     def _left(self, caller: str, now: float) -> float:
         left, at = self._buckets.get(caller, (float(self._rate.burst), now))
         return min(float(self._rate.burst), left + max(0.0, now - at) * self._rate.per_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from pydantic import ConfigDict, Field
+from starlette.types import Receive, Scope, Send
 
 from longshore.api_types import CheckpointList, CheckpointView, FileView, KeyId, PointerView, VersionPage, WholeVersion
 from longshore.gateway import checkpoints
@@ -31,6 +33,8 @@ log = structlog.get_logger()
 MAX_VERSIONS = 1000
 _MAX_VERSION = 2**63 - 1
 _BLOCK = 1024 * 1024
+# A download may take so long, and a second more for each so many bytes.
+_PATIENCE_S, _SLOWEST = 60.0, 256 * 1024
 Number = Annotated[int, InPath(ge=0, le=_MAX_VERSION)]
 # Makes a job's next signing key and hands over to it; returns the key's id.
 Rotate = Callable[[Job], Awaitable[str]]
@@ -114,13 +118,9 @@ class VersionRoutes:
 
     async def model(self, job: ViewedJob, version: Number) -> StreamingResponse:
         """The version's tensors as one safetensors file, each checked against the signed manifest."""
-        export = await self._versions.export(job, version)
-        name = f"{job.id}-v{version}.safetensors"
-        headers = {
-            "Content-Length": str(sum(len(part) for part in _parts(export))),
-            "Content-Disposition": f'attachment; filename="{name}"',
-        }
-        return StreamingResponse(_blocks(export), media_type="application/octet-stream", headers=headers)
+        async with contextlib.AsyncExitStack() as held:
+            export = await held.enter_async_context(self._versions.export(job, version))
+            return _Download(export, f"{job.id}-v{version}.safetensors", held.pop_all())
 
     async def pin(self, job: SteeredJob, version: Number) -> PointerView:
         """Has the version kept, however many newer ones there are."""
@@ -149,6 +149,26 @@ class VersionRoutes:
         """Takes the checkpoint's pin away."""
         await asyncio.to_thread(checkpoints.unpin, self._runs_dir / job.id, name)
         return Response(status_code=204)
+
+
+class _Download(StreamingResponse):
+    """A version on its way to whoever asked; until it is there, or they have gone, its memory is taken."""
+
+    def __init__(self, export: Export, name: str, held: contextlib.AsyncExitStack) -> None:
+        size = sum(len(part) for part in _parts(export))
+        headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{name}"'}
+        super().__init__(_blocks(export), media_type="application/octet-stream", headers=headers)
+        self._held = held
+        self._deadline_s = _PATIENCE_S + size / _SLOWEST
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._held:
+            try:
+                async with asyncio.timeout(self._deadline_s):
+                    await super().__call__(scope, receive, send)
+            except TimeoutError:
+                # Without the rest the server ends the connection, and the caller sees that it has not got all.
+                log.warning("download ended", path=scope["path"], after_s=round(self._deadline_s))
 
 
 def _pointer(state: PointerState) -> PointerView:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from longshore.errors import Conflict, NotFound
+from longshore.errors import Conflict, NotFound, Unavailable
 from longshore.gateway.store import Job
 from longshore.launcher.plan import JobPaths
 from longshore.settings import JobFile
@@ -25,8 +25,9 @@ _DAY_S = 86_400.0
 _KEEP_S = 3650 * _DAY_S
 # The store takes no pointer that has expired: one that is taken away is moved to this near an end.
 _TAKE_AWAY_S = 2.0
-# Whole models are in memory while they are fetched.
-_MAX_FETCHES = 1
+# Whole models are in memory while they are fetched, and until whoever asked has read them.
+_MAX_EXPORTS = 2
+_TURN_S = 60.0
 _FETCH_TIMEOUT_S = 600.0
 
 
@@ -46,7 +47,7 @@ class Versions:
     def __init__(self, address: str, paths_of: Callable[[str], JobPaths]) -> None:
         self._address = address
         self._paths_of = paths_of
-        self._fetches = asyncio.Semaphore(_MAX_FETCHES)
+        self._exports = asyncio.Semaphore(_MAX_EXPORTS)
 
     async def page(self, job: Job, limit: int, before: int | None) -> list[tuple[int, list[str]]]:
         """(version, the names that point to it), newest first."""
@@ -61,12 +62,23 @@ class Versions:
             described = await client.describe(version)
             return described, _names(await client.pointers()).get(version, [])
 
-    async def export(self, job: Job, version: int | None) -> Export:
-        """A version whole, every tensor verified; None: the one that head names."""
-        async with self._fetches, self._client(job) as client:
-            number = await client.head() if version is None else version
-            fetched = await client.fetch(number, _FETCH_TIMEOUT_S)
-            return Export(fetched, await client.assets(fetched.assets_sha256))
+    @contextlib.asynccontextmanager
+    async def export(self, job: Job, version: int | None) -> AsyncIterator[Export]:
+        """A version whole for the block, every tensor verified; None: the one that head names. Raises Unavailable also
+        while as many as there is memory for are with others."""
+        try:
+            async with asyncio.timeout(_TURN_S):
+                await self._exports.acquire()
+        except TimeoutError:
+            raise Unavailable("others are being sent the versions that there is memory for; try again later") from None
+        try:
+            async with self._client(job) as client:
+                number = await client.head() if version is None else version
+                fetched = await client.fetch(number, _FETCH_TIMEOUT_S)
+                export = Export(fetched, await client.assets(fetched.assets_sha256))
+            yield export
+        finally:
+            self._exports.release()
 
     async def serve(self, job: Job, version: int) -> PointerState:
         """Moves `serving` to a version, forth or back. Raises Conflict: somebody else moved it just now."""

@@ -33,6 +33,8 @@ class KeyServer:
     def __init__(self) -> None:
         self.keys: dict[str, ec.EllipticCurvePrivateKey] = {}
         self.asked = 0
+        # In place of the keys.
+        self.answer: bytes | None = None
         owner = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -40,7 +42,7 @@ class KeyServer:
                 owner.asked += 1
                 self.send_response(200)
                 self.end_headers()
-                self.wfile.write(json.dumps({"keys": owner.public()}).encode())
+                self.wfile.write(owner.answer or json.dumps({"keys": owner.public()}).encode())
 
             def log_message(self, *args: object) -> None:
                 """Says nothing."""
@@ -152,6 +154,13 @@ async def test_keys_that_cannot_be_had(server: KeyServer) -> None:
     away = Tokens(Issuer(ISSUER, "longshore", "http://127.0.0.1:1/jwks"))
     with pytest.raises(Unavailable):
         await away.find(server.token())
+
+
+@pytest.mark.parametrize("answer", [b"<html>", b"\xff", b"[]", b'{"keys": 7}', b'{"keys": [{"kty": "EC"}]}'])
+async def test_an_issuer_that_answers_with_something_else(server: KeyServer, tokens: Tokens, answer: bytes) -> None:
+    server.answer = answer
+    with pytest.raises(Unavailable):
+        await tokens.find(server.token())
 
 
 async def test_the_authenticator_takes_keys_and_tokens(server: KeyServer, tokens: Tokens, tmp_path: Path) -> None:

@@ -16,13 +16,6 @@ def test_a_burst_and_then_a_rate() -> None:
     assert [limiter.take("a", 1000.0) for _ in range(4)][-1] > 0
 
 
-def test_waiting_is_told_without_counting() -> None:
-    limiter = RateLimiter(Rate(per_s=1, burst=1))
-    assert [limiter.wait("a", 0.0) for _ in range(3)] == [0, 0, 0]
-    limiter.take("a", 0.0)
-    assert limiter.wait("a", 0.5) == pytest.approx(0.5)
-
-
 def test_only_so_many_callers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rate_limit, "MAX_CALLERS", 2)
     limiter = RateLimiter(Rate(per_s=1, burst=1))
