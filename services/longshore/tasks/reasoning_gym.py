@@ -37,6 +37,12 @@ RUNS_CODE = frozenset(
         "string_insertion",
     }
 )
+# Why others cannot be had.
+_REFUSED = {
+    "composite": "mixes data sets, each of which would need its own check; name one of them",
+    # In the gateway too, where a job is checked before it is taken.
+    "codeio": "makes its problems by running programs that a model wrote; needs the sandbox",
+}
 # Data sets that make a table of their whole size at the start; the others make each problem when asked.
 _FINITE = {"acre": 2_000, "gsm_symbolic": 200_000, "list_functions": 200_000, "word_ladder": 20_000}
 _ENDLESS = 2**31 - 1
@@ -128,8 +134,8 @@ def _refusal(dataset: str) -> str | None:
     """Why a data set cannot be used; None: it can."""
     if dataset in RUNS_CODE:
         return "its scorer evaluates the answer as code; needs the sandbox"
-    if dataset == "composite":
-        return "mixes data sets, each of which would need its own check; name one of them"
+    if dataset in _REFUSED:
+        return _REFUSED[dataset]
     try:
         known = _library().factory.DATASETS
     except PluginError as error:
@@ -139,7 +145,7 @@ def _refusal(dataset: str) -> str | None:
 
 def usable_datasets() -> list[str]:
     """Data sets that are not refused, sorted."""
-    return sorted(set(_library().factory.DATASETS) - RUNS_CODE - {"composite"})
+    return sorted(set(_library().factory.DATASETS) - RUNS_CODE - set(_REFUSED))
 
 
 def _problem(task: Task) -> tuple[str, str, dict[str, Any]]:

@@ -137,6 +137,7 @@ def test_seeds_and_sizes() -> None:
         (None, {}, r"tasks\.dataset: source reasoning-gym needs a data set"),
         ("no_such", {}, r"tasks\.dataset: reasoning-gym has no such data set; it has ab, acre"),
         ("composite", {}, r"tasks\.dataset: mixes data sets"),
+        ("codeio", {}, r"tasks\.dataset: makes its problems by running programs that a model wrote"),
         ("chain_sum", {"min_terms": 9, "max_terms": 2}, r"tasks\.options: reasoning-gym refuses them"),
         ("chain_sum", {"colour": "red"}, r"tasks\.options: reasoning-gym refuses them: .*colour"),
         ("chain_sum", {"seed": 3}, r"tasks\.options\.seed"),
