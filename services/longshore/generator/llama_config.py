@@ -129,8 +129,9 @@ def read_config(content: bytes) -> LlamaShape:
         raise ConfigError(f"the model's config.json: {faults}") from None
     heads = config.num_attention_heads
     kv_heads = config.num_key_value_heads or family.kv_heads or heads
+    head_dim = config.head_dim or family.head_dim or config.hidden_size // heads
     scaling, fault = _scaling(config.rope)
-    _check_variant(name, config, heads % kv_heads == 0, fault)
+    _check_variant(name, config, heads % kv_heads == 0, head_dim, fault)
     return LlamaShape(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -138,7 +139,7 @@ def read_config(content: bytes) -> LlamaShape:
         num_layers=config.num_hidden_layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=config.head_dim or family.head_dim or config.hidden_size // heads,
+        head_dim=head_dim,
         rms_norm_eps=config.rms_norm_eps,
         rope_theta=float(config.rope.get("rope_theta", config.rope_theta)),
         max_position_embeddings=config.max_position_embeddings or family.max_position_embeddings,
@@ -182,7 +183,7 @@ def _scaling(rope: Mapping[str, Any]) -> tuple[RopeScaling | None, str]:
     return RopeScaling("llama3", numbers[0], numbers[1], numbers[2], int(numbers[3])), ""
 
 
-def _check_variant(name: str, config: _LlamaConfig, heads_fit: bool, rope_fault: str) -> None:
+def _check_variant(name: str, config: _LlamaConfig, heads_fit: bool, head_dim: int, rope_fault: str) -> None:
     window = config.sliding_window is not None and config.use_sliding_window is not False
     kinds = set(config.layer_types or ()) - {"full_attention"}
     faults = [
@@ -193,6 +194,7 @@ def _check_variant(name: str, config: _LlamaConfig, heads_fit: bool, rope_fault:
         (window, f"sliding_window {config.sliding_window} (supported: none)"),
         (bool(kinds), f"layers of {', '.join(sorted(kinds))} (supported: full_attention)"),
         (not heads_fit, "heads that kv heads do not divide"),
+        (head_dim < 2 or head_dim % 2 == 1, f"heads of {head_dim} dims (supported: even numbers)"),
     ]
     found = [text for wrong, text in faults if wrong]
     if found:

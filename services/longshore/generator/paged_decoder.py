@@ -133,8 +133,12 @@ class PagedDecoder:
             found, late = Found(found.pages), False
         # The pending token will need its place too.
         needed = -(-len(tokens) // PAGE) - len(found.pages)
+        if found.source >= 0 and needed + len(self._sequences) > self.pages.available:
+            # The page to be copied may be the one that is lacking.
+            self.pages.release([found.source])
+            found, late = Found(found.pages), False
         if needed + len(self._sequences) > self.pages.available:
-            self._give_back(found)
+            self.pages.release(found.pages)
             return False
         own = self.pages.take(needed)
         sequence = _Sequence(slot, list(tokens), [*found.pages, *own], weights, -weights.serial)
@@ -147,9 +151,6 @@ class PagedDecoder:
             self._fresh.update(own)
         self._batch = None
         return True
-
-    def _give_back(self, found: Found) -> None:
-        self.pages.release(found.pages if found.source < 0 else [*found.pages, found.source])
 
     def prefill(self) -> None:
         """Computes the contexts of all slots reserved since the last call."""

@@ -60,6 +60,7 @@ def test_reads_older_checkpoints() -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"num_key_value_heads": 3}, "kv heads"),
+        ({"head_dim": 15}, "heads of 15 dims"),
         ({"vocab_size": "many"}, "vocab_size"),
         ({"hidden_size": "absent"}, "hidden_size"),
     ],

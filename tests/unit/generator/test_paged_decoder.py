@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_family import MEMBERS, member
 from tiny_llama import CONTEXT, VOCABULARY, config_json, named_tensors, reference_logprobs, tiny_model
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from longshore.generator.attention import cache, native
@@ -100,6 +101,15 @@ def test_long_prompts_go_another_way_and_give_the_same(
     kernel: native.Kernel | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "LONG_RUN", 20)
+    # Masks of a few rows each: one of a whole long prompt would not fit in memory.
+    monkeypatch.setattr(cache, "MOST_MASKED", 256)
+    masked, attention = [], functional.scaled_dot_product_attention
+
+    def watched(*tensors: torch.Tensor, attn_mask: torch.Tensor | None, **how: bool) -> torch.Tensor:
+        masked.append(0 if attn_mask is None else attn_mask.numel())
+        return attention(*tensors, attn_mask=attn_mask, **how)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
     model = member("llama")
     bench, weights = Bench(model, kernel), weights_of(model)
     prompts = [tokens_of(30), tokens_of(9), tokens_of(50, 1), tokens_of(3)]
@@ -112,6 +122,8 @@ def test_long_prompts_go_another_way_and_give_the_same(
     bench.decoder.prefill()
     assert bench.computed[-1] == 54 - 29
     bench.decode(5)
+    assert 0 < max(masked) <= 256
+    monkeypatch.undo()
     for slot in range(5):
         bench.end(slot, model)
 
@@ -256,6 +268,22 @@ def test_pages_run_out_and_come_back(kernel: native.Kernel | None) -> None:
     bench.decoder.prefill()
     bench.decode(3)
     bench.end(1, model)
+    assert bench.decoder.pages.held == 0
+
+
+def test_a_sequence_alone_has_room_also_where_it_would_copy_a_page(kernel: native.Kernel | None) -> None:
+    """It needs every page, the one too that holds the beginning of its last one."""
+    model = member("llama")
+    bench, weights = Bench(model, kernel, slots=1, pages=4), weights_of(model)
+    bench.fill(0, tokens_of(50), weights)
+    bench.decoder.prefill()
+    bench.decode(5)
+    follow_up = (*bench.end(0, model), *tokens_of(3, 1))
+    bench.fill(0, follow_up, weights)
+    bench.decoder.prefill()
+    assert bench.computed == [49, 57 - 48]
+    bench.decode(4)
+    bench.end(0, model)
     assert bench.decoder.pages.held == 0
 
 

@@ -23,6 +23,8 @@ from longshore.generator.rope import rope_tables, rotate
 FLOAT_BYTES = 4
 # Rows of one sequence from which torch's attention is faster.
 LONG_RUN = 256
+# Most entries of one mask: rows that do not begin at their sequence's beginning are taken in blocks.
+MOST_MASKED = 1 << 22
 # Rows that are worth a second thread.
 SHARED_ROWS = 16
 
@@ -123,19 +125,27 @@ class PagedCache:
         begin, length = int(rows.position[first]), int(rows.position[last - 1]) + 1
         keys, values = self._gather(layer, int(rows.sequence[first]), length)
         queries = qkv[first:last, : self.shape.num_heads].transpose(0, 1)
-        causal = begin == 0
-        mask = None
-        if not causal:
-            mask = torch.arange(length) <= torch.arange(begin, length).unsqueeze(1)
+        if begin == 0:
+            out[first:last] = self._mix(queries, keys, values, None)
+            return
+        block = max(1, MOST_MASKED // length)
+        for done in range(0, last - first, block):
+            some = queries[:, done : done + block]
+            end = begin + done + some.shape[1]
+            mask = torch.arange(end) <= torch.arange(begin + done, end).unsqueeze(1)
+            out[first + done : first + done + some.shape[1]] = self._mix(some, keys[:, :end], values[:, :end], mask)
+
+    def _mix(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """[rows, heads, dim] torch's attention; without a mask each row sees as many keys as come before it."""
         mixed = functional.scaled_dot_product_attention(
             queries[None],
             keys[None],
             values[None],
             attn_mask=mask,
-            is_causal=causal,
+            is_causal=mask is None,
             enable_gqa=self.shape.num_heads != self.shape.num_kv_heads,
         )
-        out[first:last] = mixed[0].transpose(0, 1)
+        return mixed[0].transpose(0, 1)
 
     def _gather(self, layer: int, sequence: int, length: int) -> tuple[Tensor, Tensor]:
         """[kv_heads, length, dim] keys and values of a sequence."""
