@@ -59,7 +59,7 @@ class Scheduler:
     def add(self, request: EngineRequest) -> RequestFailed | None:
         """Queues a request, or says why its version can no longer be served."""
         gone = self._place(request) is None and _outdated(request, self.version)
-        if gone or self._holds_swap(request):
+        if gone or (self._holds_swap(request) and (self._is_draining or not self._has_room_beside())):
             return _version_failure(request, self.version if self.next_version is None else self.next_version)
         self._waiting[request.request_id] = request
         return None
@@ -132,7 +132,7 @@ class Scheduler:
         draining, whether any are running."""
         if self._is_draining and self._running:
             return True
-        return self._is_needed() and self._is_full() and self._idle() is None
+        return self._is_needed() and not self._has_room_beside()
 
     def swapped(self) -> tuple[list[TokensDrawn], list[RequestFailed], list[int]]:
         """Makes the next version the served one; nothing may hold the swap.
@@ -198,6 +198,10 @@ class Scheduler:
         if self.version is not None and _accepts(request, self.version):
             return self.version
         return next((version for version in reversed(self._beside) if _accepts(request, version)), None)
+
+    def _has_room_beside(self) -> bool:
+        """Whether the served version can stay beside the next one."""
+        return not self._is_full() or self._idle() is not None
 
     def _is_full(self) -> bool:
         """Whether there is no room for the served version beside the next one."""

@@ -260,6 +260,19 @@ def test_a_version_that_is_kept_again_outlives_its_last_request() -> None:
     assert made.beside == (5,)
 
 
+def test_with_a_place_beside_a_pinned_request_is_taken_while_a_swap_is_near() -> None:
+    """A swap and the request may come in one turn of the engine's loop, in either order."""
+    made = scheduler(slots=1, residents=2)
+    made.next_version = 6
+    assert made.add(request("pinned", (5, 5))) is None
+    assert swap(made, 6) == ([], [], [])
+    assert made.beside == (5,)
+    assert [(reply.request.request_id, reply.version) for reply in made.admit()] == [("pinned", 5)]
+    # The place is taken now: the next swap does without those that would hold it.
+    made.next_version = 7
+    assert made.add(request("late", (6, 6))) is not None
+
+
 def test_without_a_place_a_pinned_request_holds_the_swap() -> None:
     made = scheduler(residents=2)
     made.keep(4)
