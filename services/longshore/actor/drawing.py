@@ -158,7 +158,10 @@ class _Drawing:
             try:
                 await self._try(name)
             except TryFailed as failure:
-                await self._after(name, failure, len(self._builder.token_ids) > had)
+                # What broke off may need nothing more.
+                self._builder.close(wanted.sampling)
+                if self._builder.reply() is None:
+                    await self._after(name, failure, len(self._builder.token_ids) > had)
 
     async def _try(self, name: str) -> None:
         """One stream; its place is given back. Raises TryFailed."""

@@ -168,11 +168,12 @@ async def test_one_that_drew_as_long_as_it_draws_for_anybody_goes_on(two: Genera
     assert [len(asked(two, number)) for number in range(2)] == [2, 0]
 
 
+@pytest.mark.parametrize("broken", [(), (Code.UNAVAILABLE,), (Code.INTERNAL,)])
 @pytest.mark.parametrize(("tokens", "finish"), [([7, 1], FinishReason.STOP), ([9] * 8, FinishReason.LENGTH)])
 async def test_a_reply_that_lacks_only_its_end_has_ended(
-    one: Generators, tokens: list[int], finish: FinishReason
+    one: Generators, tokens: list[int], finish: FinishReason, broken: tuple[Code, ...]
 ) -> None:
-    one.scripts(0, (event(tokens, 3),))
+    one.scripts(0, (event(tokens, 3), *broken), GOOD)
     reply = await one.draw(TICKET)
     assert (reply.token_ids, reply.finish) == (tokens, finish)
     assert len(asked(one)) == 1
