@@ -164,6 +164,11 @@ class Balancer:
         """Whether any generator has, but for those to be avoided."""
         return bool(self._candidates(avoid))
 
+    def has_others(self, names: Collection[str]) -> bool:
+        """Whether a generator but these serves, though it may have no room or be set aside."""
+        found = self._generators.items()
+        return any(name not in names and known.serving and known.report is not None for name, known in found)
+
     def _candidates(self, avoid: Collection[str]) -> list[str]:
         now = self._clock()
         found = self._generators.items()

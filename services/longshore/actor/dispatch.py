@@ -22,6 +22,7 @@ class _Waiter:
     prefixes: Sequence[str]
     avoid: Collection[str]
     accepts: Callable[[int], bool] | None
+    spare: Collection[str]
     placed: asyncio.Future[str]
 
 
@@ -48,18 +49,20 @@ class Dispatch:
         until: float,
         patience_s: float,
         accepts: Callable[[int], bool] | None = None,
+        spare: Collection[str] = (),
     ) -> str:
         """The generator whose place the caller has from now on, and must give back by `ended`.
 
         Args:
             prefixes, avoid, accepts: see Balancer.choose.
+            spare: generators to be avoided too, as long as another one serves.
             until: on our clock.
 
         Raises:
             Unavailable: there was none until then, or no generator was usable for `patience_s` seconds.
         """
         began = self._clock()
-        waiter = _Waiter(prefixes, avoid, accepts, asyncio.get_running_loop().create_future())
+        waiter = _Waiter(prefixes, avoid, accepts, spare, asyncio.get_running_loop().create_future())
         self._waiters[waiter] = None
         try:
             self.wake()
@@ -97,12 +100,17 @@ class Dispatch:
         for waiter in list(self._waiters):
             if not self.balancer.has_room():
                 break
-            name = self.balancer.choose(waiter.prefixes, waiter.avoid, waiter.accepts)
+            name = self.balancer.choose(waiter.prefixes, self._avoided(waiter), waiter.accepts)
             if name is not None:
                 self.balancer.sent(name, waiter.prefixes)
                 del self._waiters[waiter]
                 waiter.placed.set_result(name)
         self._set_timer()
+
+    def _avoided(self, waiter: _Waiter) -> Collection[str]:
+        """Who it waits for may have gone since."""
+        both = {*waiter.avoid, *waiter.spare}
+        return both if waiter.spare and self.balancer.has_others(both) else waiter.avoid
 
     def _look(self) -> None:
         if self.balancer.usable():

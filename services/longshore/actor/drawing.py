@@ -150,10 +150,12 @@ class _Drawing:
             reply = self._builder.reply()
             if reply is not None:
                 return reply
-            avoid = frozenset(self._avoid | self._refused)
+            refused, spare = frozenset(self._refused), frozenset(self._avoid)
             wanted, patience_s = self._wanted, self._drawer.limits.patience_s
             accepts = None if wanted.version == _ANY_VERSION else wanted.accepts
-            name = await self._drawer.dispatch.place(wanted.prefixes, avoid, self._deadline, patience_s, accepts)
+            name = await self._drawer.dispatch.place(
+                wanted.prefixes, refused, self._deadline, patience_s, accepts, spare
+            )
             had = len(self._builder.token_ids)
             try:
                 await self._try(name)

@@ -60,6 +60,20 @@ async def test_places_go_to_who_came_first_and_at_once() -> None:
     assert await picky == "h"
 
 
+async def test_who_spares_one_goes_there_when_no_other_is_left() -> None:
+    desk = Desk()
+    desk.open("g")
+    desk.open("h")
+    await asyncio.gather(desk.ask("g"), desk.ask("g"))
+    # The other one is full, and may have room soon.
+    asked = asyncio.create_task(desk.dispatch.place((), (), FAR, FAR, spare=("g",)))
+    assert await settled(asked) == [False]
+    desk.balancer.serves("h", False)
+    desk.dispatch.wake()
+    assert await settled(asked) == [True]
+    assert await asked == "g"
+
+
 async def test_who_leaves_gives_back_what_had_just_been_given() -> None:
     desk = Desk()
     leaving = desk.ask()
