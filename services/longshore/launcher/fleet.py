@@ -19,7 +19,7 @@ from pathlib import Path
 
 import structlog
 
-from longshore.errors import Busy, Conflict, LongshoreError, Unavailable
+from longshore.errors import Busy, Conflict, LongshoreError, Rejected, Unavailable
 from longshore.launcher.spec import ProcessSpec, ProcessState, ProcessStatus, UnitState, UnitStatus
 from longshore.launcher.worker_link import Link, WorkerLink
 from longshore.launcher.worker_sockets import find_workers, on_sockets
@@ -163,6 +163,9 @@ class Fleet:
             if place is not None and place not in holders:
                 work.append(place.apply(unit, spec))
         for result in await asyncio.gather(*work, return_exceptions=True):
+            if isinstance(result, Rejected) and wanted.end is None:
+                # It would say so for ever: the next look stops what runs of the unit.
+                wanted.end = UnitStatus(unit, UnitState.FAILED, f"a worker refuses it: {result}", status.processes)
             if isinstance(result, LongshoreError):
                 log.warning("worker", unit=unit, reason=str(result))
             elif isinstance(result, BaseException):
