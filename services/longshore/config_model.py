@@ -48,8 +48,11 @@ class HubModel(Spec):
     """The same by its name at the Hugging Face hub: downloaded once, by the learner, into the hub's own cache."""
 
     kind: Literal["hub"]
-    name: str = Field(pattern=r"^([\w.-]{1,96}/)?[\w.-]{1,96}$", description="for example Qwen/Qwen3-0.6B")
-    revision: str = Field("main", pattern=r"^[\w./-]{1,128}$", description="branch, tag or commit")
+    # Both become paths in the hub's cache: no part of them begins with a dot, as at the hub and in git.
+    name: str = Field(pattern=r"^([\w-][\w.-]{0,95}/)?[\w-][\w.-]{0,95}$", description="for example Qwen/Qwen3-0.6B")
+    revision: str = Field(
+        "main", max_length=128, pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$", description="branch, tag or commit"
+    )
 
 
 class GgufModel(Spec):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pydantic
 import pytest
 
 from longshore.config import Json, load_job, parse_job, parse_what_stands
+from longshore.config_model import HubModel
 from longshore.errors import Fault, InvalidJobSpec
 
 GOOD: Json = {
@@ -163,3 +165,24 @@ def test_paths_are_from_the_files_folder(tmp_path: Path) -> None:
     assert document == {"tasks": {"path": f"{tmp_path}/sub/x.jsonl"}, "model": {"path": f"{tmp_path}/loop"}}
     file.write_text('tasks: {path: "a\\0b"}\n')
     assert load_job(file) == {"tasks": {"path": "a\0b"}}
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"name": ".."},
+        {"name": "../x"},
+        {"name": "x/.y"},
+        {"revision": ".."},
+        {"revision": "refs/../../../other-job/checkpoint"},
+        {"revision": "/etc/passwd"},
+        {"revision": "a//b"},
+        {"revision": "a" * 129},
+    ],
+)
+def test_names_at_the_hub_lead_nowhere_else(where: dict[str, str]) -> None:
+    """They become paths in the hub's cache, which lies beside other projects' files."""
+    with pytest.raises(pydantic.ValidationError):
+        HubModel.model_validate({"kind": "hub", "name": "Qwen/Qwen3-0.6B", **where})
+    for revision in ("main", "refs/pr/7", "v1.0", "0a1b2c"):
+        HubModel.model_validate({"kind": "hub", "name": "openai-community/gpt2", "revision": revision})

@@ -24,6 +24,7 @@ _MAX_TOOLS = 128
 _MAX_STOPS, _MAX_STOP_CHARACTERS = 8, 128
 _MAX_STOP_IDS = 64
 _MAX_TOKENS = 2**31 - 1
+_MAX_VERSION = 2**63 - 1
 
 _DISTRIBUTION = "would change the distribution that the log-probs speak of"
 _CONSTRAINED = "needs constrained decoding, which would change the distribution that the log-probs speak of"
@@ -76,8 +77,8 @@ class StreamOptions(_Strict):
 class VersionBounds(_Strict):
     """Longshore's own: inclusive bounds of the policy versions that may answer."""
 
-    min_version: Annotated[int, Field(ge=0)] | None = None
-    max_version: Annotated[int, Field(ge=0)] | None = None
+    min_version: Annotated[int, Field(ge=0, le=_MAX_VERSION)] | None = None
+    max_version: Annotated[int, Field(ge=0, le=_MAX_VERSION)] | None = None
 
 
 class Body(_Strict):

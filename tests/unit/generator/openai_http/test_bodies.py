@@ -62,6 +62,7 @@ def test_the_wrong_field_is_named_by_its_path() -> None:
     assert refused(messages=wrong)["param"] == "messages.1.content"
     assert refused(messages=[{"role": "user", "contents": "x"}])["param"] == "messages.0.contents"
     assert refused(longshore={"min_version": -1})["param"] == "longshore.min_version"
+    assert refused(longshore={"max_version": 2**63})["param"] == "longshore.max_version"
     assert refused(tools=[{"type": "function", "function": {"name": "a b"}}])["param"] == "tools.0.function.name"
     assert refused(model=5)["param"] == "model"
     with pytest.raises(ApiError) as caught:
