@@ -22,7 +22,6 @@ class _Waiter:
     prefixes: Sequence[str]
     avoid: Collection[str]
     accepts: Callable[[int], bool] | None
-    spare: Collection[str]
     placed: asyncio.Future[str]
 
 
@@ -49,20 +48,19 @@ class Dispatch:
         until: float,
         patience_s: float,
         accepts: Callable[[int], bool] | None = None,
-        spare: Collection[str] = (),
     ) -> str:
         """The generator whose place the caller has from now on, and must give back by `ended`.
 
         Args:
-            prefixes, avoid, accepts: see Balancer.choose.
-            spare: generators to be avoided too, as long as another one serves.
+            prefixes, accepts: see Balancer.choose.
+            avoid: generators to be avoided as long as another one serves.
             until: on our clock.
 
         Raises:
             Unavailable: there was none until then, or no generator was usable for `patience_s` seconds.
         """
         began = self._clock()
-        waiter = _Waiter(prefixes, avoid, accepts, spare, asyncio.get_running_loop().create_future())
+        waiter = _Waiter(prefixes, avoid, accepts, asyncio.get_running_loop().create_future())
         self._waiters[waiter] = None
         try:
             self.wake()
@@ -109,8 +107,7 @@ class Dispatch:
 
     def _avoided(self, waiter: _Waiter) -> Collection[str]:
         """Who it waits for may have gone since."""
-        both = {*waiter.avoid, *waiter.spare}
-        return both if waiter.spare and self.balancer.has_others(both) else waiter.avoid
+        return waiter.avoid if self.balancer.has_others(waiter.avoid) else ()
 
     def _look(self) -> None:
         if self.balancer.usable():

@@ -150,12 +150,10 @@ class _Drawing:
             reply = self._builder.reply()
             if reply is not None:
                 return reply
-            refused, spare = frozenset(self._refused), frozenset(self._avoid)
+            avoid = frozenset(self._avoid | self._refused)
             wanted, patience_s = self._wanted, self._drawer.limits.patience_s
             accepts = None if wanted.version == _ANY_VERSION else wanted.accepts
-            name = await self._drawer.dispatch.place(
-                wanted.prefixes, refused, self._deadline, patience_s, accepts, spare
-            )
+            name = await self._drawer.dispatch.place(wanted.prefixes, avoid, self._deadline, patience_s, accepts)
             had = len(self._builder.token_ids)
             try:
                 await self._try(name)
@@ -253,8 +251,7 @@ class _Drawing:
             raise Rejected("prompt", str(failure))
         if failure.refused == "version":
             self._refused.add(name)
-            usable = self._drawer.dispatch.balancer.usable()
-            if usable and self._refused.issuperset(usable):
+            if not self._drawer.dispatch.balancer.has_others(self._refused):
                 raise Rejected("version", str(failure))
         # What was begun elsewhere and is refused here is the generator's difference, not the prompt's fault.
         if failure.trouble is Trouble.FAULT or failure.refused == "prompt":

@@ -51,22 +51,26 @@ async def test_places_go_to_who_came_first_and_at_once() -> None:
     desk.dispatch.ended("g")
     assert await settled(*asked) == [True, True, True, False]
     # Who cannot go where there is room lets others pass.
+    desk.open("h")
+    assert (await asked[3], await desk.ask("g")) == ("h", "h")
     picky = desk.ask("g")
+    gone = desk.ask()
     late = desk.ask()
-    asked[3].cancel()
+    assert await settled(gone) == [False]
+    gone.cancel()
     desk.dispatch.ended("g")
     assert await settled(picky, late) == [False, True]
-    desk.open("h")
+    desk.dispatch.ended("h")
     assert await picky == "h"
 
 
-async def test_who_spares_one_goes_there_when_no_other_is_left() -> None:
+async def test_who_avoids_one_goes_there_when_no_other_is_left() -> None:
     desk = Desk()
     desk.open("g")
     desk.open("h")
     await asyncio.gather(desk.ask("g"), desk.ask("g"))
     # The other one is full, and may have room soon.
-    asked = asyncio.create_task(desk.dispatch.place((), (), FAR, FAR, spare=("g",)))
+    asked = desk.ask("g")
     assert await settled(asked) == [False]
     desk.balancer.serves("h", False)
     desk.dispatch.wake()

@@ -15,6 +15,7 @@ from scripted_peers import event
 
 from longshore.actor import drawing, fleet, pace
 from longshore.actor.addresses import AddressBook
+from longshore.actor.balancing import Trouble
 from longshore.actor.drawing import MAX_FAULTS
 from longshore.actor.episode import AttemptFailed
 from longshore.errors import ConfigError, Rejected, Unavailable
@@ -209,6 +210,16 @@ async def test_another_generator_may_still_have_the_version(two: Generators) -> 
     two.scripts(1, (Code.FAILED_PRECONDITION,))
     with pytest.raises(Rejected, match="version: scripted FAILED_PRECONDITION"):
         await two.draw(TICKET)
+
+
+async def test_one_that_is_set_aside_may_still_have_the_version(two: Generators) -> None:
+    refusing, paused = (peer.address for peer in two.peers)
+    two.scripts(0, (Code.FAILED_PRECONDITION,))
+    two.scripts(1, GOOD)
+    two.balancer.sent(paused, ())
+    two.dispatch.ended(paused, Trouble.AWAY)
+    assert two.balancer.usable() == [refusing]
+    assert (await two.draw(TICKET)).token_ids == [7, 1]
 
 
 @pytest.mark.parametrize("code", [Code.ABORTED, Code.NOT_FOUND])
