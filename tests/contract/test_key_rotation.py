@@ -85,7 +85,25 @@ async def test_a_job_that_was_never_started_has_no_key(tmp_path: Path) -> None:
 
 
 def test_a_job_that_is_prepared_again_still_trusts_its_first_key(tmp_path: Path) -> None:
-    job = Job("j-1", "default", "rotated", JobState.QUEUED, SPEC, "", 0.0, 0.0, {}, "")
+    job = Job(
+        id="j-1",
+        project="default",
+        name="rotated",
+        state=JobState.QUEUED,
+        error="",
+        created_at=0.0,
+        updated_at=0.0,
+        progress={},
+        cursor="",
+        revision=0,
+        queued_at=0.0,
+        generators=1,
+        gpus=0,
+        parent_job=None,
+        parent_version=None,
+        idempotency_key=None,
+        spec=SPEC,
+    )
     paths = job_paths(tmp_path / "runs", tmp_path / "state", job.id)
     first = prepare(job, paths).learner_public_key
     assert first == SigningKey.load(paths.signing_key_file).public_key.hex()

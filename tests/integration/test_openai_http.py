@@ -493,8 +493,11 @@ async def test_every_answer_has_an_id_that_the_log_has(site: OpenAiSite, client:
     answer = raw.parse()
     request_id = raw.headers["x-request-id"]
     assert answer.id == f"cmpl-{request_id.removeprefix('req-')}"
-    lines = [json.loads(line) for line in site.generator.log.read_text().splitlines() if request_id in line]
-    (line,) = lines
+    # It is written when the answer has gone.
+    async with asyncio.timeout(WAIT_S):
+        while not (found := [line for line in site.generator.log.read_text().splitlines() if request_id in line]):  # noqa: ASYNC110 - a file
+            await asyncio.sleep(0.01)
+    (line,) = map(json.loads, found)
     assert (line["event"], line["key"], line["outcome"], line["prompt_tokens"]) == ("openai request", "alice", "200", 2)
     assert answer.usage is not None
     assert line["tokens"] == answer.usage.completion_tokens

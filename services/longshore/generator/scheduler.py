@@ -56,6 +56,10 @@ class Scheduler:
         """Versions that are resident besides the served one."""
         return tuple(self._beside)
 
+    def add_in_time(self, request: EngineRequest, now: float) -> RequestFailed | None:
+        """As `add`, unless the request's deadline has passed on its way."""
+        return _deadline_failure(request) if request.deadline <= now else self.add(request)
+
     def add(self, request: EngineRequest) -> RequestFailed | None:
         """Queues a request, or says why its version can no longer be served."""
         gone = self._place(request) is None and _outdated(request, self.version)

@@ -226,7 +226,7 @@ class TorchSlotsEngine:
             return acts
 
     def _add(self, request: EngineRequest) -> None:
-        failure = self._scheduler.add(request)
+        failure = self._scheduler.add_in_time(request, time.monotonic())
         if failure is not None:
             self._events.append(failure)
 
