@@ -121,7 +121,7 @@ class Callers:
         request = generator_pb2.GetStatusRequest(job=convert.job_to_proto(JOB))
         async with asyncio.timeout(START_S):
             while True:
-                status = await self._stub.GetStatus(request, timeout=30, wait_for_ready=True)
+                status = await self._stub.GetStatus(request, timeout=START_S, wait_for_ready=True)
                 if status.HasField("policy_version"):
                     return
                 await asyncio.sleep(0.05)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import collections
 import itertools
+import json
+import os
 import queue
 import statistics
 import sys
@@ -24,7 +26,6 @@ from typing import Any
 import torch
 
 from benchmarks.generation_models import CANARY, config_of, learner_logprobs, load_model, prompts
-from benchmarks.weight_sync_far import say
 from longshore.generator.canary import Proof
 from longshore.generator.config import GeneratorSettings
 from longshore.generator.engine import EngineEvent, EngineRequest, RequestFailed
@@ -214,6 +215,13 @@ class ContinuousBatching:
 
 
 def main(side: str, model: str, threads: str, job_file: str, dtype: str) -> None:
+    # vLLM and its processes log to standard output: theirs is standard error from now on.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(**fields: object) -> None:
+        print(json.dumps(fields), file=answers, flush=True)
+
     torch.set_num_threads(int(threads))
     loaded = load_model(model, dtype)
     made: Any
