@@ -12,6 +12,7 @@ import ipaddress
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -50,7 +51,13 @@ class Talker:
         self._log_path = log
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
-                argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                argv,
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
             )
 
     def ask(self, line: object) -> dict[str, Any]:
@@ -68,7 +75,9 @@ class Talker:
         return said
 
     def end(self) -> None:
-        self.process.kill()
+        # With what it has started itself, as vLLM does. The group's number is the leader's.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
