@@ -26,7 +26,7 @@ _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 ATTENTION = Path("services/longshore/generator/attention")
 # Folders with a kernel.c and a native.py that loads what is built of it, and their own flags for AVX2.
 KERNELS: dict[Path, list[str]] = {CODEC: [], ATTENTION: ["-mfma"]}
-# By file, as each native.py knows them: for any processor, and for most and for newer ones of x86-64.
+# By file, as longshore.c_library knows them: for any processor, and for most and for newer ones of x86-64.
 LIBRARIES: dict[str, list[str]] = {"_kernel.so": [], "_kernel_avx2.so": _AVX2, "_kernel_avx512.so": _AVX512}
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared")
 
@@ -66,7 +66,7 @@ def compile_kernel(source: Path, library: Path, flags: list[str]) -> bool:
 
 
 def _digest(source: Path) -> str:
-    """By which native.py knows a library of its own source from another."""
+    """By which longshore.c_library knows a library of its own source from another."""
     files = sorted(source.glob("*.[ch]"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 from pathlib import Path
 
 import structlog
 
+from longshore.c_library import LIBRARIES as LIBRARIES
+from longshore.c_library import opened
+
 FOLDER = Path(__file__).parent
-# What hatch_build.py builds, by level as kernel.c knows them.
-LIBRARIES = {0: "_kernel.so", 1: "_kernel_avx2.so", 2: "_kernel_avx512.so"}
 # Dims of a head: whole vectors of the widest kernel, and what its sums have room for.
 DIMS_MULTIPLE, MOST_DIMS = 16, 256
 
@@ -43,21 +43,12 @@ class Kernel:
 
     def __init__(self, path: Path) -> None:
         """Raises OSError when there is no such library, or it was built of other source."""
-        self._library = ctypes.CDLL(str(path))
-        self._library.ls_source.restype = ctypes.c_uint32
-        if self._library.ls_source() != source():
-            raise OSError(f"{path.name} was built of other source: run hatch_build.py")
+        self._library = opened(path, FOLDER)
         self.level = int(self._library.ls_level())
         self.store, self.attend = self._library.ls_store, self._library.ls_attend
         for function in (self.store, self.attend):
             function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
             function.restype = None
-
-
-def source(folder: Path = FOLDER) -> int:
-    """What a library built of this source answers; hatch_build.py computes the same."""
-    files = sorted(folder.glob("*.[ch]"))
-    return int.from_bytes(hashlib.sha256(b"".join(path.read_bytes() for path in files)).digest()[:4], "big")
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from longshore.c_library import LIBRARIES as LIBRARIES
+from longshore.c_library import opened
 from longshore.weight_store.codec import plan
 from longshore.weight_store.codec.codes import EXPONENTS, UNCHANGED, Codes, Model
 from longshore.weight_store.codec.kernel import EVENT, TABLE, Bits, Bytes, Format, Rows, Scan, Whole
 from longshore.weight_store.codec.plan import Cut, Section, elements
 
 FOLDER = Path(__file__).parent
-# What hatch_build.py builds, by level as kernel.c knows them.
-LIBRARIES = {0: "_kernel.so", 1: "_kernel_avx2.so", 2: "_kernel_avx512.so"}
 
 _SEGMENT = np.dtype([("a", "<u8"), ("b", "<u8"), ("n", "<i8"), ("first", "<i8"), ("piece", "<i4"), ("class", "<i4")])
 _CHANGE = np.dtype([("gap", "<u4"), ("by", "<u4")])
@@ -53,12 +52,6 @@ class _Reading(ctypes.Structure):
     )
 
 
-def source(folder: Path = FOLDER) -> int:
-    """What a library built of this source answers; hatch_build.py computes the same."""
-    files = sorted(folder.glob("*.[ch]"))
-    return int.from_bytes(hashlib.sha256(b"".join(path.read_bytes() for path in files)).digest()[:4], "big")
-
-
 def load(folder: Path = FOLDER) -> NativeKernel:
     """The fastest library that runs here. Raises OSError when there is none."""
     level = int(ctypes.CDLL(str(folder / LIBRARIES[0])).ls_level())
@@ -72,10 +65,7 @@ class NativeKernel:
     patience: int | None = None
 
     def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
-        answer = getattr(self._library, "ls_source", None)
-        if answer is None or answer() & 0xFFFFFFFF != source():
-            raise OSError(f"{library.name} was built of other source")
+        self._library = opened(library, FOLDER)
         self._local = threading.local()
         p, i64, i32, u32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
         for name, result, arguments in (
