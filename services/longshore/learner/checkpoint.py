@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longshore.errors import ConfigError, IntegrityError
+from longshore.learner.disk import sync
 from longshore.learner.trainer import Trainer
 
 log = structlog.get_logger()
@@ -109,7 +109,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     try:
         _write(part, snapshot)
         part.rename(final)
-        _sync(folder)
+        sync(folder)
     except OSError:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -133,7 +133,7 @@ def _write(part: Path, snapshot: Snapshot) -> None:
     manifest = {"step": snapshot.step, "epoch": snapshot.state.get("epoch", 0), "sha256": sums}
     (part / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     for path in [*part.iterdir(), part]:
-        _sync(path)
+        sync(path)
 
 
 def load_newest(folder: Path) -> Snapshot | None:
@@ -183,11 +183,3 @@ def _load(path: Path) -> Snapshot:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,11 +1,13 @@
-"""Writing while the disk is full: a learner waits for room, for a while, rather than die of it."""
+"""Writing to the disk: so that it outlives a crash; and while it is full, a learner waits rather than die of it."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import structlog
@@ -38,3 +40,12 @@ async def when_there_is_room(write: Callable[[], T], what: str) -> T:
                 raise Unavailable(f"the disk has been full for {PATIENCE_S:.0f} s: {what} cannot be written") from None
             log.warning("the disk is full", waiting=what)
         await asyncio.sleep(PAUSE_S)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file's content, or a folder's names, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

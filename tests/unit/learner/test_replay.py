@@ -193,7 +193,7 @@ def test_each_step_draws_anew(tmp_path):
 
 def test_what_a_checkpoint_will_name_is_synced_with_its_folder(tmp_path, monkeypatch):
     buffer, synced = buffer_in(tmp_path), []
-    monkeypatch.setattr(group_files, "_sync", lambda path: synced.append(path.name))
+    monkeypatch.setattr(group_files, "sync", lambda path: synced.append(path.name))
     for n in (1, 2):
         buffer.offer(n, 0, group(n))
     buffer.make_durable(buffer.begin_checkpoint())

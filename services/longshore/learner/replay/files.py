@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from longshore.errors import IntegrityError, Rejected
+from longshore.learner.disk import sync
 from longshore.learner.groups import as_int, as_list, as_mapping
 from longshore.rpc.convert_rollout import rollout_from_bytes, rollout_to_bytes
 from longshore.rpc.convert_segment import leading_given
@@ -80,8 +80,8 @@ class GroupFiles:
         """Returns when these files, as far as they are still there, are durable, and so are their names."""
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                _sync(self._folder / name)
-        _sync(self._folder)
+                sync(self._folder / name)
+        sync(self._folder)
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes files, if they are there."""
@@ -94,11 +94,3 @@ class GroupFiles:
         found = {path.name for path in self._folder.iterdir()}
         self.remove(found - wanted)
         return wanted - found
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
