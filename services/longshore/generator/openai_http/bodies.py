@@ -222,9 +222,7 @@ class ChatBody(Body):
     @pydantic.field_validator("top_logprobs")
     @classmethod
     def _check_top_logprobs(cls, value: int | None) -> int | None:
-        if value:
-            raise ValueError("must be 0: the engine tells the log-prob of the token that it drew, not those of others")
-        return value
+        return _no_others(value)
 
     @pydantic.field_validator("tool_choice")
     @classmethod
@@ -254,9 +252,7 @@ class CompletionBody(Body):
     @pydantic.field_validator("logprobs")
     @classmethod
     def _check_logprobs(cls, value: int | None) -> int | None:
-        if value:
-            raise ValueError("must be 0: the engine tells the log-prob of the token that it drew, not those of others")
-        return value
+        return _no_others(value)
 
     @pydantic.field_validator("prompt")
     @classmethod
@@ -313,6 +309,13 @@ def _first(error: pydantic.ValidationError) -> ApiError:
     if entry["type"] == "missing":
         return bad(path, f"{path}: is missing", "missing_required_parameter")
     return bad(path, str(Fault(path, entry["input"], message)), "invalid_value")
+
+
+def _no_others(value: int | None) -> int | None:
+    """Of how many other tokens the log-probs are asked for."""
+    if value:
+        raise ValueError("must be 0: the engine tells the log-prob of the token that it drew, not those of others")
+    return value
 
 
 def _prompts(value: object) -> list[Any]:
