@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 from gateway_bench import KEY, PROCESSES, FakeLauncher, GatewayBench, all_events, document
-from redis.asyncio import Redis
 from sqlalchemy import Connection, event
 
 from longshore.client import ApiClient
@@ -18,16 +15,6 @@ from longshore.gateway.database import Database
 from longshore.gateway.states import JobState
 from longshore.gateway.store import Job, JobStore
 from longshore.launcher.spec import ProcessState, UnitState, UnitStatus
-
-
-@pytest.fixture
-async def bench(tmp_path: Path, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[GatewayBench]:
-    # A test is not to wait for a quiet broker.
-    monkeypatch.setattr(driver, "BLOCK_MS", 20)
-    bench = GatewayBench(tmp_path, redis)
-    await bench.start()
-    yield bench
-    await bench.stop()
 
 
 async def test_a_job_runs_to_success(bench: GatewayBench) -> None:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import httpx
 import pytest
 from gateway_bench import DEADLINE_S, KEY, PROCESSES, GatewayBench, document
-from redis.asyncio import Redis
 
 from longshore.client import ApiClient
 from longshore.config import JobSpec
 from longshore.errors import ConfigError, Fault, InvalidJobSpec, NotFound, Unavailable
-from longshore.gateway import driver, jobs
+from longshore.gateway import jobs
 from longshore.launcher.spec import UnitState
 from longshore.rpc.http_server import serve_http
 
@@ -34,16 +31,6 @@ ROUTES = [
     ("GET", "/v1/jobs/x/dead-letters/1-0"),
     ("POST", "/v1/jobs/x/dead-letters/1-0/requeue"),
 ]
-
-
-@pytest.fixture
-async def bench(tmp_path: Path, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[GatewayBench]:
-    # A test is not to wait for a quiet broker.
-    monkeypatch.setattr(driver, "BLOCK_MS", 20)
-    bench = GatewayBench(tmp_path, redis)
-    await bench.start()
-    yield bench
-    await bench.stop()
 
 
 def problem_of(response: httpx.Response, status: int) -> dict[str, object]:

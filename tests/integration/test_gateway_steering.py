@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import httpx
 import pytest
 from gateway_bench import GatewayBench, all_events, document
-from redis.asyncio import Redis
 
-from longshore.gateway import database, driver
+from longshore.gateway import database
 from longshore.gateway.places import Limits
 from longshore.gateway.states import JobState
 from longshore.gateway.store import Job, JobStore
 from longshore.launcher.spec import ProcessState, UnitState
-
-
-@pytest.fixture
-async def bench(tmp_path: Path, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[GatewayBench]:
-    # A test is not to wait for a quiet broker.
-    monkeypatch.setattr(driver, "BLOCK_MS", 20)
-    bench = GatewayBench(tmp_path, redis)
-    await bench.start()
-    yield bench
-    await bench.stop()
 
 
 async def post(bench: GatewayBench, path: str, status: int = 200, **more: object) -> dict[str, object]:

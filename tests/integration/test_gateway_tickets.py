@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from gateway_bench import KEY, GatewayBench
-from redis.asyncio import Redis
 
 from longshore.cli import main
 from longshore.client import ApiClient, answers
 from longshore.console import tickets as commands
-from longshore.gateway import driver
 from longshore.launcher.spec import UnitState
 from longshore.proto.v1 import verdict_pb2
 from longshore.rollout_queue.rollouts import RolloutQueue
@@ -25,13 +22,9 @@ Shell = Callable[..., "asyncio.Future[tuple[int, str, str]]"]
 
 
 @pytest.fixture
-async def bench(tmp_path: Path, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[GatewayBench]:
-    monkeypatch.setattr(driver, "BLOCK_MS", 20)
-    bench = GatewayBench(tmp_path, redis)
-    await bench.start()
+def bench(bench: GatewayBench, monkeypatch: pytest.MonkeyPatch) -> GatewayBench:
     monkeypatch.setattr(commands, "open_client", lambda: ApiClient(bench.url, KEY))
-    yield bench
-    await bench.stop()
+    return bench
 
 
 @pytest.fixture
