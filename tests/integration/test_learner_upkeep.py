@@ -347,7 +347,8 @@ async def test_a_superseded_learner_writes_no_checkpoint(make_world):
     assert load_newest(old.folder / "learner" / "checkpoints") is not None
 
 
-async def test_site_leases_run_out_as_the_job_says(bench):
+async def test_site_leases_run_out_as_the_job_says(redis, make_bench):
+    bench = make_bench(redis)
     link = BrokerLink(bench.redis, bench.job, "home", 9, 0.001)
     patient = BrokerLink(bench.redis, bench.job, "home", 9, 3600.0)
     await bench.issued(1)
