@@ -30,13 +30,14 @@ class Service:
         named = {"listen": self.address, "metrics_listen": f"127.0.0.1:{free_port()}", "name": f"{service}-0"}
         self.metrics_address = named["metrics_listen"]
         values = {f"LONGSHORE_{key.upper()}": str(value) for key, value in {**named, **settings}.items()}
-        self._env = {**os.environ, "OMP_NUM_THREADS": "1", **values}
+        # What a supervisor would be told to run.
+        self.argv = (sys.executable, "-m", "longshore", "serve", service)
+        self.env = {"OMP_NUM_THREADS": "1", **values}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Service:
         with self.log.open("ab") as log:
-            argv = [sys.executable, "-m", "longshore", "serve", self.service]
-            self.process = subprocess.Popen(argv, env=self._env, stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.argv, env={**os.environ, **self.env}, stdout=log, stderr=log)
         return self
 
     def kill(self) -> None:
