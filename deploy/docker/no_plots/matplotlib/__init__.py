@@ -1,0 +1,1 @@
+"""Stands in for matplotlib where nothing draws: cellpylib, which reasoning-gym imports, imports it for its plots."""

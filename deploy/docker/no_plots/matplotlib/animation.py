@@ -1,0 +1,1 @@
+"""Nothing draws here: see the package."""

@@ -1,0 +1,1 @@
+"""Stands in for matplotlib's toolkits: see matplotlib."""

@@ -1,0 +1,3 @@
+"""Nothing draws here: see the package."""
+
+Axes3D = None
