@@ -1,7 +1,8 @@
 """What a process is told at its start, by environment variables: the same on a laptop, in compose and in Kubernetes.
 
 What is secret may come in files instead: LONGSHORE_SECRETS_DIR names a folder in which, for example, the file
-`longshore_broker_url` stands for the variable LONGSHORE_BROKER_URL. A variable outweighs its file.
+`longshore_broker_url` stands for the variable LONGSHORE_BROKER_URL. A variable outweighs its file; an empty one is as
+good as none.
 
 Every process folder's `config.py` extends one of these. A JobSpec says what to train; settings say where things are.
 """
@@ -25,7 +26,7 @@ from longshore.types import JobRef
 class ProcessSettings(BaseSettings):
     """Settings of every process. Each field is the variable LONGSHORE_<FIELD>."""
 
-    model_config = SettingsConfigDict(env_prefix="LONGSHORE_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="LONGSHORE_", env_ignore_empty=True, extra="ignore", frozen=True)
 
     listen: str = Field("127.0.0.1:0", description="host:port of the gRPC server; port 0: any free one")
     metrics_listen: str = Field("127.0.0.1:0", description="host:port of /metrics")
@@ -81,6 +82,6 @@ class BrokerSettings(BaseSettings):
     """Where the broker is; mixed into the settings of the processes that use it."""
 
     # The last base's configuration wins, so it has to be the same one.
-    model_config = SettingsConfigDict(env_prefix="LONGSHORE_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="LONGSHORE_", env_ignore_empty=True, extra="ignore", frozen=True)
 
     broker_url: str = Field(description="redis://, rediss:// or unix:// URL of the site's broker")

@@ -16,8 +16,10 @@ from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from longshore.errors import ConfigError, Conflict, NotFound, Unavailable
+from longshore.gateway import audit as audit_module
 from longshore.gateway import store as store_module
 from longshore.gateway import tables
+from longshore.gateway.audit import AuditLog
 from longshore.gateway.database import Database
 from longshore.gateway.states import JobState
 from longshore.gateway.store import Job, JobStore, NewJob, wait_for_any
@@ -262,3 +264,16 @@ async def test_a_change_wakes_whoever_took_the_event_before_it(store: JobStore) 
     await wait_for_any(changed, timeout=0)
     assert changed.is_set()
     assert not store.changed().is_set()
+
+
+async def test_the_audit_log_forgets_what_is_old_and_nothing_else(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_module, "_PRUNED_AT_ONCE", 2)
+    audit = AuditLog(database)
+    for age in range(7, 0, -1):
+        monkeypatch.setattr(audit_module.time, "time", lambda age=age: 1000.0 - age)
+        await audit.add("p", "root", "POST", f"/age/{age}", 200, "r")
+    assert await audit.prune(before=1000.0 - 2) == 5
+    assert [entry.path for entry in await audit.newest(10, "p", None)] == ["/age/1", "/age/2"]
+    assert await audit.prune(before=1000.0 - 2) == 0

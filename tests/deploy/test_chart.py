@@ -171,6 +171,8 @@ def test_only_the_relay_knows_the_way_home() -> None:
         ("workers.actr.places=1", "actr"),
         ("workers.actor.places=0", "places"),
         ("gateway.service.port=http", "port"),
+        ("gateway.limits.jobs=0", "jobs"),
+        ("gateway.oidc.jwksUrl=id.example.com", "jwksUrl"),
     ],
 )
 def test_values_that_are_wrong_are_refused_by_name(wrong: str, says: str) -> None:
@@ -193,6 +195,38 @@ def test_the_default_home_starts_what_the_compose_file_starts() -> None:
         # Kubernetes tells a container's name to it, and mounts an empty folder where there are no secrets.
         for variable in set(theirs) - {"LONGSHORE_PLACES"}:
             assert variable in ours, f"{container['name']}: {variable}"
+
+
+def test_a_gateway_is_told_whose_tokens_and_how_much_it_takes() -> None:
+    for values, expected in (
+        ([], ("", "", "longshore", "", "")),
+        (
+            ["--values", str(CHART / "ci" / "home-full-values.yaml")],
+            ("https://id.example.com/", "https://id.example.com/jwks", "longshore", "8", "0"),
+        ),
+    ):
+        (home,) = (spec for name, spec in pods(render(*values)) if name.endswith("-home"))
+        told = environment(home["containers"][0])
+        names = ("OIDC_ISSUER", "OIDC_JWKS_URL", "OIDC_AUDIENCE", "MAX_JOBS", "MAX_GPUS")
+        assert tuple(told[f"LONGSHORE_{name}"] for name in names) == expected
+
+
+def test_task_files_are_mounted_where_a_gateway_lets_jobs_read() -> None:
+    (home,) = (
+        spec
+        for name, spec in pods(render("--values", str(CHART / "ci" / "home-full-values.yaml")))
+        if name.endswith("-home")
+    )
+    (claim,) = (volume["name"] for volume in home["volumes"] if volume.get("persistentVolumeClaim"))
+    folder = environment(home["containers"][0])["LONGSHORE_DATA_DIR"]
+    mounts = {
+        container["name"]: mount
+        for container in home["containers"]
+        for mount in container["volumeMounts"]
+        if mount["name"] == claim
+    }
+    assert set(mounts) == {"gateway", "learner"}
+    assert all(mount["mountPath"] == folder and mount["readOnly"] for mount in mounts.values())
 
 
 def test_the_other_kinds_are_as_their_operators_want_them() -> None:

@@ -29,3 +29,4 @@ class GatewaySettings(ProcessSettings, BrokerSettings):
     max_generators: int | None = Field(None, ge=1, description="generators of all running jobs; absent: no limit")
     max_gpus: int | None = Field(None, ge=0, description="GPUs of all running jobs; absent: no limit")
     data_dir: Path | None = Field(None, description="files below it may be read by jobs of every project")
+    audit_days: int = Field(365, ge=1, description="days that the audit log goes back")

@@ -59,7 +59,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
         parts = _parts(settings, store, client, books, resources)
         room = Limits(settings.max_jobs, settings.max_generators, settings.max_gpus)
         reconciler = Reconciler(parts, projects, room, settings.jobs_since)
-        keys = ApiKeys(database)
+        keys, audit = ApiKeys(database), AuditLog(database)
         services = Services(
             jobs=Jobs(store, projects, check_document, settings.runs_dir, Places(room, settings.data_dir)),
             books=books,
@@ -68,7 +68,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
             units=parts.units,
             keys=keys,
             projects=projects,
-            audit=AuditLog(database),
+            audit=audit,
             authenticate=Authenticator(keys, root_key, tokens=_tokens(settings)),
             rotate=_rotation(settings),
             runs_dir=settings.runs_dir,
@@ -83,6 +83,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as group:
             http = group.create_task(serve_http(app, settings.http_listen, settings.drain_s, stop, on_listening))
             looking = group.create_task(reconciler.run(stop))
+            group.create_task(audit.keep(settings.audit_days, stop))
             # Neither ends before `stop`: if one does, so does the process, and the launcher starts it again.
             await asyncio.wait({http, looking}, return_when=asyncio.FIRST_COMPLETED)
             stop.set()
