@@ -30,3 +30,6 @@ class GatewaySettings(ProcessSettings, BrokerSettings):
     max_gpus: int | None = Field(None, ge=0, description="GPUs of all running jobs; absent: no limit")
     data_dir: Path | None = Field(None, description="files below it may be read by jobs of every project")
     audit_days: int = Field(365, ge=1, description="days that the audit log goes back")
+    check_memory_mb: int = Field(
+        1024, ge=256, description="MiB that the check of one submission may take; two run at a time"
+    )

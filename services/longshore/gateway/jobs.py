@@ -148,8 +148,8 @@ class Jobs:
             async with asyncio.timeout(CHECK_TIMEOUT_S):
                 await self._checks.acquire()
                 work = asyncio.create_task(asyncio.to_thread(self._check, document))
-                # A check that takes too long goes on in its thread, and keeps its place until it is done: else a few
-                # of them would take every thread that the gateway has.
+                # One that was waited for too long goes on in its thread, and keeps its place until it is done: else a
+                # few of them would take every thread that the gateway has.
                 work.add_done_callback(self._check_done)
                 return await asyncio.shield(work)
         except TimeoutError:

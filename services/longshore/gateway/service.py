@@ -15,10 +15,11 @@ from longshore.gateway.app import Services, make_app
 from longshore.gateway.audit import AuditLog
 from longshore.gateway.auth import Authenticator
 from longshore.gateway.books import Books
+from longshore.gateway.checking import CheckProcesses
 from longshore.gateway.config import GatewaySettings
 from longshore.gateway.database import Database
 from longshore.gateway.driver import Parts
-from longshore.gateway.jobs import Jobs, Places
+from longshore.gateway.jobs import CHECK_TIMEOUT_S, Jobs, Places
 from longshore.gateway.keys import rotate_key
 from longshore.gateway.oidc import Issuer, Tokens
 from longshore.gateway.places import Limits
@@ -40,7 +41,6 @@ from longshore.rollout_queue.channel import JobChannel
 from longshore.rpc.http_server import serve_http
 from longshore.rpc.process import run_process
 from longshore.rpc.server import RpcServer
-from longshore.tasks.check import check_document
 from longshore.types import JobRef
 from longshore.weights.client import WeightsClient
 
@@ -60,8 +60,10 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
         room = Limits(settings.max_jobs, settings.max_generators, settings.max_gpus)
         reconciler = Reconciler(parts, projects, room, settings.jobs_since)
         keys, audit = ApiKeys(database), AuditLog(database)
+        checks = CheckProcesses(settings.check_memory_mb, CHECK_TIMEOUT_S)
+        resources.callback(checks.close)
         services = Services(
-            jobs=Jobs(store, projects, check_document, settings.runs_dir, Places(room, settings.data_dir)),
+            jobs=Jobs(store, projects, checks.check_document, settings.runs_dir, Places(room, settings.data_dir)),
             books=books,
             rollouts=Rollouts(client, settings.runs_dir),
             versions=Versions(settings.weights, lambda job_id: _paths(settings, job_id)),

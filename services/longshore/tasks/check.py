@@ -80,6 +80,8 @@ def _guarded(path: str, value: object, check: Callable[[], list[Fault]]) -> list
         return check()
     except InvalidJobSpec as error:
         return error.faults
+    except MemoryError:
+        return [Fault(path, value, "needs more memory than there is for checking a job")]
     except Exception as error:  # noqa: BLE001 - plug-ins may raise anything, and the gateway must outlive them
         return [Fault(path, value, f"the plug-in failed: {error or type(error).__name__}")]
 
