@@ -40,12 +40,15 @@ from longshore.gateway.principal import Role
 from longshore.gateway.projects import Projects
 from longshore.gateway.rate_limit import Rate
 from longshore.gateway.rollout_views import Rollouts
+from longshore.gateway.site_access import SiteAccess
+from longshore.gateway.site_certificates import SiteCertificates
 from longshore.gateway.store import Job, JobStore
 from longshore.gateway.units import Units
 from longshore.gateway.versions import Versions
 from longshore.launcher.client import SupervisorClient
 from longshore.launcher.plan import JobPaths
 from longshore.rollout_queue import broker
+from longshore.rollout_queue.site_users import SiteUsers
 from longshore.rpc.http_server import serve_http
 from longshore.tasks.check import check_document
 
@@ -216,6 +219,7 @@ async def serving(path: Path) -> AsyncIterator[httpx.AsyncClient]:
         keys=keys,
         projects=projects,
         audit=AuditLog(database),
+        sites=SiteAccess(None, SiteCertificates(database), keys, SiteUsers(redis)),
         authenticate=Authenticator(keys, "root", Rate(1e9, 10**9)),
         rotate=_rotate,
         runs_dir=runs,

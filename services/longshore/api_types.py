@@ -238,6 +238,38 @@ class ApiKeyList(TypedDict):
     keys: list[ApiKeyView]
 
 
+class SiteCredentialView(TypedDict):
+    """A rollout site that has joined, and how its credential is: `good`, `expiring` (a third of its time is left),
+    `expired` or `revoked`. `project` null: every project. `serial`: of its newest certificate."""
+
+    site: str
+    project: str | None
+    state: str
+    serial: str
+    issued_at: str
+    expires_at: str
+    revoked_at: str | None
+
+
+class SiteCredentialList(TypedDict):
+    """Rollout sites, by name."""
+
+    sites: list[SiteCredentialView]
+
+
+class IssuedCredential(SiteCredentialView):
+    """What a site's relay reaches home with: its certificate, the authority that home's servers are known by (PEM), and
+    home's addresses. `broker_url` and `api_key` hold secrets, which are told this once; null when a site renews, for
+    they stay as they were."""
+
+    certificate: str
+    authority: str
+    weights: str
+    gateway: str
+    broker_url: str | None
+    api_key: str | None
+
+
 class Quotas(TypedDict):
     """What a project may use at a time; null: no limit of its own."""
 

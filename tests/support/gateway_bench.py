@@ -28,12 +28,15 @@ from longshore.gateway.prepare import job_paths
 from longshore.gateway.projects import Projects
 from longshore.gateway.reconcile import Reconciler
 from longshore.gateway.rollout_views import Rollouts
+from longshore.gateway.site_access import SiteAccess, SiteSettings
+from longshore.gateway.site_certificates import SiteCertificates
 from longshore.gateway.states import JobState
 from longshore.gateway.store import Job, JobStore
 from longshore.gateway.units import Units
 from longshore.gateway.versions import Versions
 from longshore.launcher.spec import ProcessSpec, ProcessState, ProcessStatus, Ready, ReadyKind, UnitState, UnitStatus
 from longshore.rollout_queue.channel import JobChannel
+from longshore.rollout_queue.site_users import SiteUsers
 from longshore.rpc.http_server import serve_http
 from longshore.types import JobRef
 
@@ -106,6 +109,8 @@ class GatewayBench:
         self.rate = CALLER_RATE
         # Address of a weight store, where a test has one.
         self.weights = "127.0.0.1:1"
+        # Where sites reach this home, where a test lets some in.
+        self.site_settings: SiteSettings | None = None
         self.store: JobStore
         self.url = ""
 
@@ -117,6 +122,7 @@ class GatewayBench:
         self.store = JobStore(self.database)
         runs, parts = self.folder / "runs", self._parts()
         projects, self.keys = Projects(self.database), ApiKeys(self.database)
+        self.sites = SiteAccess(self.site_settings, SiteCertificates(self.database), self.keys, SiteUsers(self.redis))
         services = Services(
             jobs=Jobs(self.store, projects, self._check, runs, Places(self.room, self.folder / "data")),
             books=self.books,
@@ -126,6 +132,7 @@ class GatewayBench:
             keys=self.keys,
             projects=projects,
             audit=AuditLog(self.database),
+            sites=self.sites,
             authenticate=Authenticator(self.keys, KEY, self.rate),
             rotate=self._rotate,
             runs_dir=runs,
@@ -133,6 +140,7 @@ class GatewayBench:
         self.app = make_app(services, self._stop)
         reconciler = Reconciler(parts, projects, self.room, self.jobs_since)
         self._reconciling = asyncio.create_task(reconciler.run(self._stop))
+        self._telling = asyncio.create_task(self.sites.run(self._stop))
         listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         async def on_listening(address: str) -> None:
@@ -144,12 +152,12 @@ class GatewayBench:
 
     async def stop(self) -> None:
         self._stop.set()
-        await asyncio.gather(self._serving, self._reconciling)
+        await asyncio.gather(self._serving, self._reconciling, self._telling)
         await self.database.close()
 
     async def kill(self) -> None:
         """Ends it as SIGKILL would: nothing is drained, nothing is finished."""
-        tasks = {self._serving, self._reconciling}
+        tasks = {self._serving, self._reconciling, self._telling}
         driving = {task for task in asyncio.all_tasks() if task.get_name().startswith("job-")}
         for task in tasks | driving:
             task.cancel()

@@ -247,6 +247,27 @@ class ApiClient:
         """Ends an API key at once. Raises NotFound, Conflict, Forbidden."""
         await self._send(calls.revoke_key(key_id))
 
+    async def joined_sites(self) -> t.SiteCredentialList:
+        """Rollout sites that have joined, and how their credentials are. Raises Forbidden."""
+        return await self._send(get(t.SiteCredentialList, "/v1/sites"))
+
+    async def join_site(
+        self, site: str, request: str, project: str | None = None, days: float = 30.0
+    ) -> t.IssuedCredential:
+        """Lets a rollout site in; its secrets are told this once. `request`: see sites.certificates.make_request.
+
+        Raises Conflict (it has joined already, or this home takes no sites), Forbidden.
+        """
+        return await self._send(calls.join_site(site, project, request, days))
+
+    async def renew_site(self, site: str, request: str) -> t.IssuedCredential:
+        """Gives a site another certificate. Raises NotFound, Forbidden."""
+        return await self._send(calls.renew_site(site, request))
+
+    async def revoke_site(self, site: str) -> None:
+        """Puts a site out at once. Raises NotFound, Forbidden, Unavailable."""
+        await self._send(calls.revoke_site(site))
+
     async def projects(self) -> t.ProjectList:
         """Projects, their quotas and what they use."""
         return await self._send(get(t.ProjectList, "/v1/projects"))

@@ -105,6 +105,18 @@ def revoke_key(key_id: str) -> Call[None]:
     return Call("DELETE", f"/v1/keys/{part(key_id)}")
 
 
+def join_site(site: str, project: str | None, request: str, days: float) -> Call[t.IssuedCredential]:
+    return post(t.IssuedCredential, "/v1/sites", {"site": site, "project": project, "request": request, "days": days})
+
+
+def renew_site(site: str, request: str) -> Call[t.IssuedCredential]:
+    return post(t.IssuedCredential, f"/v1/sites/{part(site)}/renew", {"request": request})
+
+
+def revoke_site(site: str) -> Call[None]:
+    return Call("DELETE", f"/v1/sites/{part(site)}", repeatable=True)
+
+
 def set_quotas(project: str, max_jobs: int | None, max_generators: int | None, max_gpus: int | None) -> Call[t.Quotas]:
     body = {"max_jobs": max_jobs, "max_generators": max_generators, "max_gpus": max_gpus}
     return Call("PUT", f"/v1/projects/{part(project)}", json=body, repeatable=True)

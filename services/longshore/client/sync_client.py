@@ -237,6 +237,25 @@ class Client:
         """Ends an API key at once. Raises NotFound, Conflict, Forbidden."""
         self._send(calls.revoke_key(key_id))
 
+    def joined_sites(self) -> t.SiteCredentialList:
+        """Rollout sites that have joined, and how their credentials are. Raises Forbidden."""
+        return self._send(get(t.SiteCredentialList, "/v1/sites"))
+
+    def join_site(self, site: str, request: str, project: str | None = None, days: float = 30.0) -> t.IssuedCredential:
+        """Lets a rollout site in; its secrets are told this once. `request`: see sites.certificates.make_request.
+
+        Raises Conflict (it has joined already, or this home takes no sites), Forbidden.
+        """
+        return self._send(calls.join_site(site, project, request, days))
+
+    def renew_site(self, site: str, request: str) -> t.IssuedCredential:
+        """Gives a site another certificate. Raises NotFound, Forbidden."""
+        return self._send(calls.renew_site(site, request))
+
+    def revoke_site(self, site: str) -> None:
+        """Puts a site out at once. Raises NotFound, Forbidden, Unavailable."""
+        self._send(calls.revoke_site(site))
+
     def projects(self) -> t.ProjectList:
         """Projects, their quotas and what they use."""
         return self._send(get(t.ProjectList, "/v1/projects"))

@@ -266,6 +266,73 @@ def revoke_key(key_id: KeyId, /) -> int:
     return _await(keys.revoke(key_id))
 
 
+SiteName = Annotated[str, Parameter(help="The site's name, as `sites` prints it.")]
+site = App(
+    name="site",
+    help="Rollout sites on other machines and clusters: who may take part, and until when.",
+    sort_key=11,
+    result_action="return_value",
+)
+app.command(site)
+
+
+@site.command(name="join", sort_key=1)
+def join_site(
+    name: SiteName,
+    /,
+    *,
+    project: Annotated[
+        str | None, Parameter(help="The only project whose jobs it takes part in; every one's by default.")
+    ] = None,
+    days: Annotated[float, Parameter(help="Days until it expires.", validator=Number(gt=0, lte=366))] = 30.0,
+    out: Annotated[Path | None, Parameter(help="File to write; NAME.site by default.")] = None,
+) -> int:
+    """Let a rollout site in, and write the one file that its relay needs."""
+    from longshore.console import sites
+
+    return _await(sites.join(name, project, days, out or Path(f"{name}.site")))
+
+
+@site.command(name="renew", sort_key=2)
+def renew_site(file: Annotated[Path, Parameter(help="The file that `site join` wrote.")], /) -> int:
+    """Get another certificate for the site of a file, with the file's own key, and write it into the file."""
+    from longshore.console import sites
+
+    return _await(sites.renew(file))
+
+
+@site.command(name="revoke", sort_key=3)
+def revoke_site(name: SiteName, /) -> int:
+    """Put a rollout site out at once."""
+    from longshore.console import sites
+
+    return _await(sites.revoke(name))
+
+
+@site.command(name="certificate", sort_key=4)
+def home_certificate(
+    *names: Annotated[str, Parameter(help="Host name or address by which sites reach home's servers.")],
+    authority: Annotated[Path, Parameter(help="Folder of the authority; it is made there if there is none.")],
+    out: Annotated[Path, Parameter(help="Folder for tls.crt, tls.key and ca.crt.")],
+    days: Annotated[float, Parameter(help="Days until it expires.", validator=Number(gt=0, lte=3650))] = 365.0,
+) -> int:
+    """Make a certificate for home's own servers, signed by the sites' authority; needs no stack."""
+    from longshore.console import sites
+
+    if not names:
+        sys.stderr.write("longshore site certificate: name at least one host name or address that home is reached by\n")
+        return 2
+    return sites.home_certificate(names, authority, out, days)
+
+
+@app.command(name="sites", sort_key=11)
+def sites_command(*, json: AsJson = False) -> int:
+    """List the rollout sites that have joined, and how their credentials are."""
+    from longshore.console import sites
+
+    return _await(sites.list_sites(json))
+
+
 @app.command(sort_key=11)
 def validate(job_file: JobFile, /) -> int:
     """Say everything that is wrong with a job file, without running it."""

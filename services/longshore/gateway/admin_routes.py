@@ -89,7 +89,7 @@ class AdminRoutes:
         add = router.add_api_route
         add("/caller", self.caller, operation_id="caller", **reads)
         add("/keys", self.list_keys, operation_id="keys", **reads)
-        create, rotate = _takes(KeyBody, required=True), _takes(RotateBody, required=False)
+        create, rotate = takes(KeyBody, required=True), takes(RotateBody, required=False)
         add("/keys", self.create_key, operation_id="create_key", methods=["POST"], status_code=201, **create, **tags)
         path = "/keys/{key_id}"
         add(
@@ -103,7 +103,7 @@ class AdminRoutes:
         )
         add(path, self.revoke_key, operation_id="revoke_key", **gone)
         add("/projects", self.list_projects, operation_id="projects", **reads)
-        quotas = _takes(QuotaBody, required=True)
+        quotas = takes(QuotaBody, required=True)
         add("/projects/{project}", self.set_quotas, operation_id="set_quotas", methods=["PUT"], **quotas, **tags)
         add("/audit", self.audit, operation_id="audit", **reads)
 
@@ -188,7 +188,8 @@ class AdminRoutes:
         return key
 
 
-def _takes(body: type[pydantic.BaseModel], required: bool) -> dict[str, Any]:
+def takes(body: type[pydantic.BaseModel], required: bool) -> dict[str, Any]:
+    """What the OpenAPI document says of a route that reads this body by `read_model`."""
     content = {"application/json": {"schema": body.model_json_schema()}}
     return {"responses": TAKES, "openapi_extra": {"requestBody": {"required": required, "content": content}}}
 

@@ -25,6 +25,8 @@ from longshore.gateway.jobs import Jobs
 from longshore.gateway.projects import Projects
 from longshore.gateway.responses import HEADERS, PROBLEM_SCHEMA
 from longshore.gateway.rollout_views import Rollouts
+from longshore.gateway.site_access import SiteAccess
+from longshore.gateway.site_routes import SiteRoutes
 from longshore.gateway.ticket_routes import TicketRoutes
 from longshore.gateway.units import Units
 from longshore.gateway.version_routes import Rotate, VersionRoutes
@@ -43,6 +45,7 @@ class Services:
     keys: ApiKeys
     projects: Projects
     audit: AuditLog
+    sites: SiteAccess
     authenticate: Authenticator
     rotate: Rotate
     runs_dir: Path
@@ -68,6 +71,7 @@ def make_app(services: Services, stop: asyncio.Event) -> FastAPI:
     TicketRoutes(services.books).add_to(router)
     VersionRoutes(services.versions, services.rotate, services.runs_dir).add_to(router)
     AdminRoutes(services.keys, services.projects, services.audit, services.jobs.store).add_to(router)
+    SiteRoutes(services.sites).add_to(router)
     app.include_router(router)
     app.add_middleware(Edge, stop=stop, audit=services.audit)
     _finish_document(app)

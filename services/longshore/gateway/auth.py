@@ -103,6 +103,8 @@ def _needs(role: Role) -> Callable[[Principal], Awaitable[Principal]]:
     return check
 
 
+# Of a rollout site's own key, too.
+Site = Annotated[Principal, Depends(_needs(Role.SITE))]
 Viewer = Annotated[Principal, Depends(_needs(Role.VIEWER))]
 Submitter = Annotated[Principal, Depends(_needs(Role.SUBMITTER))]
 Admin = Annotated[Principal, Depends(_needs(Role.ADMIN))]

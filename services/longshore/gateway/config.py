@@ -33,3 +33,14 @@ class GatewaySettings(ProcessSettings, BrokerSettings):
     check_memory_mb: int = Field(
         1024, ge=256, description="MiB that the check of one submission may take; two run at a time"
     )
+    sites_weights: str = Field("", description="host:port by which rollout sites reach the weight store")
+    sites_broker_url: str = Field(
+        "", description="rediss://host:port by which rollout sites reach the broker, without name and password"
+    )
+    sites_gateway: str = Field("", description="URL by which rollout sites reach the REST API, to renew credentials")
+    sites_authority: Path | None = Field(
+        None, description="folder with ca.crt and ca.key that sign sites' certificates; absent: one in STATE_DIR"
+    )
+    sites_file: Path | None = Field(
+        None, description="list of sites' certificates that are good, for the weight store; absent: one in STATE_DIR"
+    )

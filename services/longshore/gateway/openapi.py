@@ -17,12 +17,15 @@ from longshore.gateway.database import Database
 from longshore.gateway.jobs import Jobs
 from longshore.gateway.projects import Projects
 from longshore.gateway.rollout_views import Rollouts
+from longshore.gateway.site_access import SiteAccess
+from longshore.gateway.site_certificates import SiteCertificates
 from longshore.gateway.store import Job, JobStore
 from longshore.gateway.units import Units
 from longshore.gateway.versions import Versions
 from longshore.launcher.client import SupervisorClient
 from longshore.launcher.plan import JobPaths
 from longshore.rollout_queue import broker
+from longshore.rollout_queue.site_users import SiteUsers
 from longshore.tasks.check import check_document
 
 _NOWHERE = Path("/nonexistent")
@@ -42,6 +45,7 @@ async def document() -> dict[str, Any]:
         keys=ApiKeys(database),
         projects=projects,
         audit=AuditLog(database),
+        sites=SiteAccess(None, SiteCertificates(database), ApiKeys(database), SiteUsers(redis)),
         authenticate=Authenticator(ApiKeys(database), ""),
         rotate=_rotate,
         runs_dir=_NOWHERE,

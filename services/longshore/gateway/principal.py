@@ -9,6 +9,8 @@ from dataclasses import dataclass
 class Role(enum.IntEnum):
     """Each may do what those before it may."""
 
+    # Of a rollout site's own key: renews that site's credential, and nothing else.
+    SITE = 0
     # Reads everything of its project.
     VIEWER = 1
     # Submits and steers jobs.

@@ -27,6 +27,8 @@ from longshore.gateway.prepare import job_paths, prepare
 from longshore.gateway.projects import Projects
 from longshore.gateway.reconcile import Reconciler
 from longshore.gateway.rollout_views import Rollouts
+from longshore.gateway.site_access import SiteAccess, SiteSettings
+from longshore.gateway.site_certificates import SiteCertificates
 from longshore.gateway.store import Job, JobStore
 from longshore.gateway.units import Units
 from longshore.gateway.version_routes import Rotate
@@ -38,6 +40,8 @@ from longshore.launcher.plan import Endpoints, JobPaths, plan_job
 from longshore.launcher.spec import ProcessSpec
 from longshore.rollout_queue import broker
 from longshore.rollout_queue.channel import JobChannel
+from longshore.rollout_queue.site_users import SiteUsers
+from longshore.rpc.channel import tls_file
 from longshore.rpc.http_server import serve_http
 from longshore.rpc.process import run_process
 from longshore.rpc.server import RpcServer
@@ -62,6 +66,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
         keys, audit = ApiKeys(database), AuditLog(database)
         checks = CheckProcesses(settings.check_memory_mb, CHECK_TIMEOUT_S)
         resources.callback(checks.close)
+        sites = SiteAccess(_site_settings(settings), SiteCertificates(database), keys, SiteUsers(client))
         services = Services(
             jobs=Jobs(store, projects, checks.check_document, settings.runs_dir, Places(room, settings.data_dir)),
             books=books,
@@ -71,6 +76,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
             keys=keys,
             projects=projects,
             audit=audit,
+            sites=sites,
             authenticate=Authenticator(keys, root_key, tokens=_tokens(settings)),
             rotate=_rotation(settings),
             runs_dir=settings.runs_dir,
@@ -86,8 +92,9 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
             http = group.create_task(serve_http(app, settings.http_listen, settings.drain_s, stop, on_listening))
             looking = group.create_task(reconciler.run(stop))
             group.create_task(audit.keep(settings.audit_days, stop))
-            # Neither ends before `stop`: if one does, so does the process, and the launcher starts it again.
-            await asyncio.wait({http, looking}, return_when=asyncio.FIRST_COMPLETED)
+            telling = group.create_task(sites.run(stop))
+            # None ends before `stop`: if one does, so does the process, and the launcher starts it again.
+            await asyncio.wait({http, looking, telling}, return_when=asyncio.FIRST_COMPLETED)
             stop.set()
         await rpc.drain(settings.drain_s)
 
@@ -98,6 +105,24 @@ def _tokens(settings: GatewaySettings) -> Tokens | None:
     if settings.oidc_jwks_url is None:
         raise ConfigError("LONGSHORE_OIDC_ISSUER needs LONGSHORE_OIDC_JWKS_URL: where the issuer publishes its keys")
     return Tokens(Issuer(settings.oidc_issuer, settings.oidc_audience, settings.oidc_jwks_url))
+
+
+def _site_settings(settings: GatewaySettings) -> SiteSettings | None:
+    """None: this home takes no rollout sites. Raises ConfigError: it is told only half of what it needs for them."""
+    told = (settings.sites_weights, settings.sites_broker_url, settings.sites_gateway)
+    if not any(told):
+        return None
+    if not all(told):
+        raise ConfigError("LONGSHORE_SITES_WEIGHTS, LONGSHORE_SITES_BROKER_URL and LONGSHORE_SITES_GATEWAY go together")
+    authority_of_home = tls_file("LONGSHORE_TLS_CA")
+    if authority_of_home is None:
+        raise ConfigError("LONGSHORE_SITES_WEIGHTS needs LONGSHORE_TLS_CA: who signs the weight store's certificate")
+    return SiteSettings(
+        *told,
+        authority_of_home,
+        settings.sites_authority or settings.state_dir / "authority",
+        settings.sites_file or settings.state_dir / "sites.json",
+    )
 
 
 def _paths(settings: GatewaySettings, job_id: str) -> JobPaths:

@@ -89,6 +89,25 @@ api_keys = Table(
     Index("api_keys_by_project", "project", "id"),
 )
 
+# Certificates of rollout sites; a site that renews has several that are good for a while.
+site_certificates = Table(
+    "site_certificates",
+    metadata,
+    # Serial number, 40 hex digits.
+    Column("serial", String(40), primary_key=True),
+    Column("site", String(64), nullable=False),
+    # Null: every project.
+    Column("project", String(64)),
+    # SHA-256 of the site's password at the broker; the password itself is nowhere.
+    Column("broker_sha256", String(64), nullable=False),
+    # The API key that renews it.
+    Column("key_id", String(32), nullable=False),
+    Column("issued_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("revoked_at", Float),
+    Index("site_certificates_by_site", "site", "issued_at"),
+)
+
 audit = Table(
     "audit",
     metadata,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 from redis.asyncio import Redis
 
-from longshore.errors import LongshoreError
+from longshore.errors import ConfigError, LongshoreError, Unavailable
 from longshore.rollout_queue import broker
 from longshore.rollout_queue.blobs import Blobs
 from longshore.rollout_queue.keys import JobKeys
@@ -63,7 +64,11 @@ class SiteQueues:
 
 
 class HomeQueues:
-    """The home broker, as the holder of a site's tickets sees it."""
+    """The home broker, as the holder of a site's tickets sees it.
+
+    One that refuses our credential is away like any other: it may have restarted and not have been told of us yet, and
+    what this site has spooled outlasts the time until somebody renews the credential.
+    """
 
     def __init__(
         self, client: Redis, job: JobRef, site: str, *, max_attempts: int, lease_ms: int, blobs: Blobs | None
@@ -74,25 +79,41 @@ class HomeQueues:
         self._rollouts = RolloutQueue(client, job, blobs=blobs, maker=site)
 
     async def incarnation(self) -> str:
-        return broker.text(await broker.call(self._redis, self._keys, "incarnation"))
+        with _refused_for_now():
+            return broker.text(await broker.call(self._redis, self._keys, "incarnation"))
 
     async def lease(self, count: int) -> list[Claim]:
-        return await self._leases.lease(count)
+        with _refused_for_now():
+            return await self._leases.lease(count)
 
     async def held(self) -> list[Claim]:
-        return await self._leases.held()
+        with _refused_for_now():
+            return await self._leases.held()
 
     async def adopt(self, keys: Sequence[str]) -> list[Claim]:
-        return await self._leases.adopt(keys)
+        with _refused_for_now():
+            return await self._leases.adopt(keys)
 
     async def renew(self, claims: Sequence[tuple[Claim, bool]]) -> list[Claim]:
-        return await self._leases.renew(claims)
+        with _refused_for_now():
+            return await self._leases.renew(claims)
 
     async def reject(self, claim: Claim, reason: str, detail: str) -> None:
-        await self._leases.reject(claim, reason, detail)
+        with _refused_for_now():
+            await self._leases.reject(claim, reason, detail)
 
     async def deliver_many(self, rollouts: Sequence[tuple[Claim, bytes, bool]]) -> list[bool | LongshoreError]:
-        return await self._rollouts.deliver_many(rollouts)
+        with _refused_for_now():
+            return await self._rollouts.deliver_many(rollouts)
 
     async def covered(self, ticket_keys: Sequence[str]) -> set[str] | None:
-        return await self._rollouts.covered(ticket_keys)
+        with _refused_for_now():
+            return await self._rollouts.covered(ticket_keys)
+
+
+@contextlib.contextmanager
+def _refused_for_now() -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise Unavailable(f"home: {error}") from None

@@ -12,7 +12,7 @@ import grpc.aio
 from longshore.errors import IntegrityError
 from longshore.proto.v1 import weights_pb2, weights_pb2_grpc
 from longshore.rpc import convert
-from longshore.rpc.channel import channel
+from longshore.rpc.channel import ClientTls, channel
 from longshore.types import JobRef
 from longshore.weight_store.bundle import MAX_BUNDLE_BYTES
 from longshore.weight_store.decoding import CODECS
@@ -30,14 +30,26 @@ M = TypeVar("M")
 class HomeWeights:
     """One job's versions at home, over a connection that stays open: a cold one would have to find its rate."""
 
-    def __init__(self, address: str, job: JobRef) -> None:
-        self._channel = channel(address)
-        self._stub = weights_pb2_grpc.WeightsServiceStub(self._channel)
+    def __init__(self, address: str, job: JobRef, tls: ClientTls | None = None) -> None:
+        """
+        Args:
+            tls: what is shown at home; None: what the environment says.
+        """
+        self._address = address
         self._job = convert.job_to_proto(job)
+        self._channels = [channel(address, tls=tls)]
+        self._stub = weights_pb2_grpc.WeightsServiceStub(self._channels[0])
 
     async def close(self) -> None:
         """Ends every call."""
-        await self._channel.close()
+        for used in self._channels:
+            await used.close()
+
+    def reconnect(self, tls: ClientTls | None) -> None:
+        """Shows something else from the next call on. Those that run go on until home ends them, as it does when what
+        they showed expires."""
+        self._channels.append(channel(self._address, tls=tls))
+        self._stub = weights_pb2_grpc.WeightsServiceStub(self._channels[-1])
 
     @contextlib.asynccontextmanager
     async def watch(

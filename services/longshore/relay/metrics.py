@@ -24,3 +24,6 @@ WEIGHTS_LINK_UP = Gauge("longshore_relay_weights_link_up", "1 while the home wei
 WEIGHTS_FAULTS = Counter(
     "longshore_relay_weights_faults_total", "Versions that could not be taken over from home as they came", _JOB
 )
+CREDENTIAL_EXPIRES = Gauge(
+    "longshore_relay_credential_expires_timestamp_seconds", "When the site's credential expires, Unix seconds", _JOB
+)

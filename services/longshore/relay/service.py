@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -15,6 +17,7 @@ from longshore.relay import metrics
 from longshore.relay.book import Book
 from longshore.relay.brokers import HomeQueues, SiteQueues
 from longshore.relay.config import RelaySettings
+from longshore.relay.credential import HomeAccess
 from longshore.relay.home_side import RENEW_S, HomeSide
 from longshore.relay.home_weights import HomeWeights
 from longshore.relay.mirror import Mirror
@@ -44,8 +47,11 @@ log = structlog.get_logger()
 
 async def serve(settings: RelaySettings, stop: asyncio.Event) -> None:
     """Runs until `stop`. Becomes healthy once the site's broker is set up, even while home is away."""
-    if settings.site == HOME_SITE:
+    home = await asyncio.to_thread(HomeAccess, settings)
+    if home.site == HOME_SITE:
         raise ConfigError("LONGSHORE_SITE: the home site needs no relay")
+    # The credential's own word is what counts.
+    settings = settings.model_copy(update={"site": home.site})
     job = settings.load_job()
     resources = job.spec.resources
     async with contextlib.AsyncExitStack() as opened:
@@ -54,7 +60,12 @@ async def serve(settings: RelaySettings, stop: asyncio.Event) -> None:
         site_client = broker.connect(settings.broker_url, patience_s=_CALL_S)
         opened.push_async_callback(site_client.aclose)
         # It repeats nothing by itself: a lost reply may have given us tickets, and only who hears of it asks for them.
-        home_client = broker.connect(settings.home_broker_url, patience_s=0.0)
+        home_client = broker.connect(
+            home.now.broker_url,
+            patience_s=0.0,
+            login=home.login if home.now.login is not None else None,
+            authority=home.now.authority,
+        )
         opened.push_async_callback(home_client.aclose)
         book = Book(spool)
         labels = (job.project, job.job, settings.site)
@@ -80,10 +91,13 @@ async def serve(settings: RelaySettings, stop: asyncio.Event) -> None:
             lambda outcome: metrics.FORWARDED.labels(*labels, outcome).inc(),
             metrics.LEASED.labels(*labels).inc,
         )
-        home_weights = HomeWeights(settings.home_weights, job.ref)
+        home_weights = HomeWeights(home.now.weights, job.ref, home.now.tls)
         opened.push_async_callback(home_weights.close)
         weights = _weights(settings, job, home_weights)
-        await _run(settings, job, book, site_side, home_side, weights, stop)
+        renewing = home.follow(
+            stop, lambda: home_weights.reconnect(home.now.tls), metrics.CREDENTIAL_EXPIRES.labels(*labels).set
+        )
+        await _run(settings, job, book, site_side, home_side, weights, renewing, stop)
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,7 @@ async def _run(
     site_side: SiteSide,
     home_side: HomeSide,
     weights: _Weights,
+    renewing: Coroutine[Any, Any, None],
     stop: asyncio.Event,
 ) -> None:
     server = RpcServer(settings.listen)
@@ -125,6 +140,7 @@ async def _run(
         group.create_task(home_side.run(stop), name="home")
         group.create_task(weights.mirror.run(stop), name="weights")
         group.create_task(keep_up(weights.upkeep, stop), name="upkeep")
+        group.create_task(renewing, name="credential")
         group.create_task(_report(book, labels, stop), name="report")
         group.create_task(_serve_when_prepared(server, site_side, stop), name="health")
     weights.servicer.close()

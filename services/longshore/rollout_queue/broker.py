@@ -18,6 +18,7 @@ import redis.exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import EqualJitterBackoff
+from redis.credentials import CredentialProvider
 from redis.maint_notifications import MaintNotificationsConfig
 
 from longshore.errors import ConfigError, Unavailable
@@ -75,15 +76,43 @@ class _Patience(Retry):
         return await super().call_with_retry(do, fail, worth_it, with_failure_count)
 
 
-def connect(url: str, *, patience_s: float = PATIENCE_S) -> Redis:
+class _Login(CredentialProvider):
+    """Asks for name and password with each connection: they may change while the client lives."""
+
+    def __init__(self, ask: Callable[[], tuple[str, str]]) -> None:
+        self._ask = ask
+
+    def get_credentials(self) -> tuple[str, str]:
+        return self._ask()
+
+    async def get_credentials_async(self) -> tuple[str, str]:
+        return self._ask()
+
+
+def connect(
+    url: str,
+    *,
+    patience_s: float = PATIENCE_S,
+    login: Callable[[], tuple[str, str]] | None = None,
+    authority: bytes | None = None,
+) -> Redis:
     """A client for a broker: redis://, rediss:// (options such as ssl_ca_certs in the query) or unix://.
 
     Connects on first use. A command during a restart of the broker waits for up to `patience_s` seconds, and is made
     again when its reply got lost; with 0, the first failure is the caller's.
 
+    Args:
+        login: gives name and password for each new connection, where the URL has none.
+        authority: PEM; with rediss://, who must have signed the broker's certificate.
+
     Raises:
         ConfigError: the URL is malformed.
     """
+    more: dict[str, Any] = {}
+    if login is not None:
+        more["credential_provider"] = _Login(login)
+    if authority is not None and url.startswith("rediss://"):
+        more["ssl_ca_data"] = authority.decode()
     try:
         pool = BlockingConnectionPool.from_url(
             url,
@@ -95,6 +124,7 @@ def connect(url: str, *, patience_s: float = PATIENCE_S) -> Redis:
             legacy_responses=False,
             # A feature of Redis Enterprise, which would cost a round trip on each new connection.
             maint_notifications_config=MaintNotificationsConfig(enabled=False),
+            **more,
         )
     except ValueError as error:
         raise ConfigError(f"broker URL: {error}") from None
@@ -116,7 +146,7 @@ def reaching() -> Iterator[None]:
         BrokerFull: its memory is full.
         Unavailable: the broker answers, but takes no writes: it is a replica, or its disk is full, or too few replicas
             follow it.
-        ConfigError: it does not accept our credentials.
+        ConfigError: it does not accept our credentials, or they do not allow what was asked.
         CancelledError: the caller was cancelled meanwhile. redis-py sends under asyncio.wait_for, which Python 3.11
             lets swallow a cancellation that comes as the sending ends; a loop so cancelled would go on for ever.
     """
@@ -130,6 +160,8 @@ def reaching() -> Iterator[None]:
         raise BrokerLost(f"the broker does not answer: {error}") from error
     except redis.exceptions.OutOfMemoryError as error:
         raise BrokerFull(f"the broker's memory is full: {error}") from error
+    except redis.exceptions.NoPermissionError as error:
+        raise ConfigError(f"the broker does not let us: {error}") from None
     except redis.exceptions.ReadOnlyError as error:
         raise Unavailable(f"the broker takes no writes: {error}") from error
     except redis.exceptions.ResponseError as error:

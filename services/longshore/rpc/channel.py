@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -52,6 +53,15 @@ CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
 ]
 
 
+@dataclass(frozen=True)
+class ClientTls:
+    """What one side of a connection shows and trusts, each PEM, where that is not the environment's."""
+
+    authority: bytes
+    certificate: bytes
+    key: bytes = field(repr=False)
+
+
 def is_local(address: str) -> bool:
     """Whether an address can only be reached from this machine: a Unix socket or a loopback host."""
     if address.startswith("unix:"):
@@ -76,22 +86,28 @@ def tls_file(variable: str) -> bytes | None:
         raise ConfigError(f"{variable} {path}: {error.strerror}") from None
 
 
-def channel(address: str, *, name: str = "", retries: bool = True) -> grpc.aio.Channel:
+def channel(address: str, *, name: str = "", retries: bool = True, tls: ClientTls | None = None) -> grpc.aio.Channel:
     """An asyncio channel to `address` ("host:port" or "unix:path").
 
     Args:
         name: host name that the peer's certificate must bear; empty: the address's own.
         retries: False for a caller that would rather go to another peer at once.
+        tls: taken in place of what the environment says.
 
     Raises:
         ConfigError: the address is off this machine and no TLS authority is configured.
     """
     options = CHANNEL_OPTIONS if retries else [*CHANNEL_OPTIONS, ("grpc.enable_retries", 0)]
-    ca = tls_file("LONGSHORE_TLS_CA")
-    if ca is not None and not address.startswith("unix:"):
-        credentials = grpc.ssl_channel_credentials(ca, tls_file("LONGSHORE_TLS_KEY"), tls_file("LONGSHORE_TLS_CERT"))
+    shown = _from_environment() if tls is None else (tls.authority, tls.key, tls.certificate)
+    if shown is not None and not address.startswith("unix:"):
+        credentials = grpc.ssl_channel_credentials(*shown)
         named = [*options, ("grpc.ssl_target_name_override", name)] if name else options
         return grpc.aio.secure_channel(address, credentials, options=named)
     if not is_local(address):
         raise ConfigError(f"{address} is not on this machine: set LONGSHORE_TLS_CA (and _CERT, _KEY) to reach it")
     return grpc.aio.insecure_channel(address, options=options)
+
+
+def _from_environment() -> tuple[bytes, bytes | None, bytes | None] | None:
+    ca = tls_file("LONGSHORE_TLS_CA")
+    return None if ca is None else (ca, tls_file("LONGSHORE_TLS_KEY"), tls_file("LONGSHORE_TLS_CERT"))

@@ -16,7 +16,10 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from longshore import errors
-from longshore.rpc.channel import LOOKAHEAD_BYTES, MAX_MESSAGE_BYTES, is_local, tls_file
+from longshore.rpc.channel import LOOKAHEAD_BYTES, MAX_MESSAGE_BYTES, is_local
+from longshore.rpc.server_tls import ServerTls
+from longshore.rpc.site_guard import SiteGuard
+from longshore.sites.book import SiteBook
 
 log = structlog.get_logger()
 
@@ -35,14 +38,26 @@ Stream = TypeVar("Stream", bound=Callable[..., AsyncIterator[Any]])
 
 
 class RpcServer:
-    """One grpc.aio server with health. Serves plain text on loopback and Unix sockets, TLS anywhere else."""
+    """One grpc.aio server with health. Serves plain text on loopback and Unix sockets, mutual TLS anywhere else."""
 
-    def __init__(self, listen: str, max_receive_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(
+        self,
+        listen: str,
+        max_receive_bytes: int = MAX_MESSAGE_BYTES,
+        *,
+        sites: SiteBook | None = None,
+        site_methods: frozenset[str] = frozenset(),
+    ) -> None:
         """
         Args:
             max_receive_bytes: of one message, unpacked; a larger one is refused unread, with RESOURCE_EXHAUSTED.
+            sites: the rollout sites that may call `site_methods` (see SiteGuard).
+
+        Raises:
+            ConfigError: of a certificate and its key one is missing or cannot be read.
         """
         self.listen = listen
+        self._tls = None if listen.startswith("unix:") else ServerTls.from_environment(sites)
         # Bound at start; differs from `listen` when that asked for port 0.
         self.address = listen
         self.server = grpc.aio.server(
@@ -52,7 +67,8 @@ class RpcServer:
                 ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
                 # Our clients ping every 30 s; the default limit would call that abuse.
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ]
+            ],
+            interceptors=[SiteGuard(sites, site_methods)] if self._tls is not None and self._tls.is_mutual else None,
         )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
@@ -70,13 +86,17 @@ class RpcServer:
         log.info("serving", address=self.address)
 
     def _bind(self) -> int:
-        certificate, key = tls_file("LONGSHORE_TLS_CERT"), tls_file("LONGSHORE_TLS_KEY")
-        if certificate is not None and key is not None and not self.listen.startswith("unix:"):
-            ca = tls_file("LONGSHORE_TLS_CA")
-            credentials = grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=ca is not None)
-            return self.server.add_secure_port(self.listen, credentials)
-        if not is_local(self.listen):
-            raise errors.ConfigError(f"{self.listen} is not on loopback: set LONGSHORE_TLS_CERT and LONGSHORE_TLS_KEY")
+        local = is_local(self.listen)
+        if self._tls is not None:
+            if not self._tls.is_mutual and not local:
+                raise errors.ConfigError(
+                    f"{self.listen} is not on loopback: set LONGSHORE_TLS_CA, so that callers must show a certificate"
+                )
+            return self.server.add_secure_port(self.listen, self._tls.credentials())
+        if not local:
+            raise errors.ConfigError(
+                f"{self.listen} is not on loopback: set LONGSHORE_TLS_CERT, LONGSHORE_TLS_KEY and LONGSHORE_TLS_CA"
+            )
         return self.server.add_insecure_port(self.listen)
 
     async def set_serving(self, service: str, serving: bool) -> None:

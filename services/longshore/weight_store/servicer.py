@@ -31,6 +31,10 @@ from longshore.weight_store.store import POLICY, Admission, VersionTaken, Weight
 from longshore.weight_store.version import HEAD, PointerState
 
 SERVICE = "longshore.proto.v1.WeightsService"
+# What a rollout site may call at home: it reads what its job has published.
+SITE_METHODS = frozenset(
+    f"/{SERVICE}/{name}" for name in ("GetKeys", "GetVersion", "Fetch", "Watch", "ListPointers", "ListVersions")
+)
 MAX_HAVE = 64
 # A publisher that sends nothing for this long is taken for dead.
 _IDLE_S = 60.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from longshore.settings import ProcessSettings
@@ -18,4 +20,7 @@ class WeightsSettings(ProcessSettings):
         ge=0,
         description="memory for tensors that deltas are decoded against: a larger version can only be published in "
         "full, and merged deltas need three times a version's size",
+    )
+    sites_file: Path | None = Field(
+        None, description="the gateway's list of sites' certificates that are good; absent: no rollout site is let in"
     )

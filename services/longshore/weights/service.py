@@ -7,10 +7,11 @@ import asyncio
 from longshore.proto.v1 import weights_pb2_grpc
 from longshore.rpc.process import run_process
 from longshore.rpc.server import RpcServer
+from longshore.sites.book import SiteBook
 from longshore.weight_store.background import keep_up
 from longshore.weight_store.copies import Copies
 from longshore.weight_store.objects import open_objects
-from longshore.weight_store.servicer import SERVICE, WeightsServicer
+from longshore.weight_store.servicer import SERVICE, SITE_METHODS, WeightsServicer
 from longshore.weight_store.store import COPIES, WeightStore
 from longshore.weight_store.upkeep import Upkeep
 from longshore.weights.config import WeightsSettings
@@ -29,7 +30,8 @@ async def serve(settings: WeightsSettings, stop: asyncio.Event) -> None:
 
 
 async def _serve(settings: WeightsSettings, servicer: WeightsServicer, stop: asyncio.Event) -> None:
-    server = RpcServer(settings.listen)
+    sites = SiteBook(settings.sites_file) if settings.sites_file is not None else None
+    server = RpcServer(settings.listen, sites=sites, site_methods=SITE_METHODS)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(servicer, server.server)
     await server.start()
     await server.set_serving(SERVICE, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
 import longshore
 from longshore.cli import main
@@ -154,10 +156,31 @@ def test_down_without_a_stack_is_done(command: Command) -> None:
     assert (done.returncode, done.stdout) == (0, "no stack is running here\n")
 
 
-def test_only_a_relay_is_told_its_home(command: Command) -> None:
-    assert "LONGSHORE_HOME_WEIGHTS" in refused(command("serve", "relay"), 2)[0]
-    assert "LONGSHORE_HOME_WEIGHTS" not in refused(command("serve", "relay", "--home", "home.example:7102"), 2)[0]
+def test_only_a_relay_is_told_its_home(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Taken back after the test.
+    monkeypatch.setenv("LONGSHORE_HOME_WEIGHTS", "")
+    assert "LONGSHORE_BROKER_URL" in refused(command("serve", "relay", "--home", "home.example:7102"), 2)[0]
+    assert os.environ["LONGSHORE_HOME_WEIGHTS"] == "home.example:7102"
     assert "only a relay has a home" in refused(command("serve", "verifier", "--home", "home.example:7102"), 2)[0]
+
+
+def test_a_certificate_for_homes_servers_is_made_without_a_stack(command: Command, folder: Path) -> None:
+    made = command("site", "certificate", "weights.example.com", "10.0.0.7", "--authority", "ca", "--out", "tls")
+    assert made.returncode == 0, made.stderr
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) & 0o077 for path in (folder / "ca").iterdir()}["ca.key"] == 0
+    assert stat.S_IMODE((folder / "tls" / "tls.key").stat().st_mode) == 0o600
+    certificate = x509.load_pem_x509_certificate((folder / "tls" / "tls.crt").read_bytes())
+    certificate.verify_directly_issued_by(x509.load_pem_x509_certificate((folder / "tls" / "ca.crt").read_bytes()))
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["weights.example.com"]
+    assert names.get_values_for_type(x509.UniformResourceIdentifier) == ["longshore:home"]
+    # The same authority signs the next one.
+    assert command("site", "certificate", "other.example.com", "--authority", "ca", "--out", "more").returncode == 0
+    assert (folder / "more" / "ca.crt").read_bytes() == (folder / "tls" / "ca.crt").read_bytes()
+    assert "name at least one" in refused(command("site", "certificate", "--authority", "ca", "--out", "x"), 2)[0]
+    (folder / "ca" / "ca.key").chmod(0o644)
+    line = refused(command("site", "certificate", "x", "--authority", "ca", "--out", "x"), 1)[0]
+    assert "chmod 600" in line
 
 
 def test_serve_names_every_setting_that_is_missing(command: Command) -> None:
