@@ -24,11 +24,12 @@ CODEC = Path("services/longshore/weight_store/codec")
 _AVX2 = ["-mavx2", "-mbmi", "-mbmi2", "-mpopcnt"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 ATTENTION = Path("services/longshore/generator/attention")
-# Folders with a kernel.c and a native.py that loads what is built of it, and their own flags for AVX2.
-KERNELS: dict[Path, list[str]] = {CODEC: [], ATTENTION: ["-mfma"]}
+# Folders with a kernel.c and a native.py that loads what is built of it, and their own flags: for all, and for AVX2.
+KERNELS: dict[Path, tuple[list[str], list[str]]] = {CODEC: ([], []), ATTENTION: (["-ffp-contract=fast"], ["-mfma"])}
 # By file, as longshore.c_library knows them: for any processor, and for most and for newer ones of x86-64.
 LIBRARIES: dict[str, list[str]] = {"_kernel.so": [], "_kernel_avx2.so": _AVX2, "_kernel_avx512.so": _AVX512}
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared")
+# Nothing is fused unasked: an adapter's product has the same bits everywhere (codec/product.h).
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=off")
 
 
 def build(root: Path) -> list[str]:
@@ -37,13 +38,13 @@ def build(root: Path) -> list[str]:
     Returns the files that were made: none without a compiler.
     """
     made = []
-    for kernel, extra in KERNELS.items():
+    for kernel, (flags, avx2) in KERNELS.items():
         folder = root / kernel
         for name, own in LIBRARIES.items():
             (folder / name).unlink(missing_ok=True)
             if own and platform.machine() not in ("x86_64", "AMD64"):
                 continue
-            if compile_kernel(folder, folder / name, [*FLAGS, *own, *(extra if own else [])]):
+            if compile_kernel(folder, folder / name, [*FLAGS, *flags, *own, *(avx2 if own else [])]):
                 made.append(str(kernel / name))
     return made
 

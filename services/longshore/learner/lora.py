@@ -3,23 +3,30 @@
     y = x W^T + scale * (x A^T) B^T,   scale = alpha / rank,   A [rank, in], B [out, rank], B zero at first
 
 What leaves the learner is *merged*, W + scale * B A under W's own name: policy versions and the final checkpoint are
-those of an ordinary model, and every engine serves them. Gradients, optimizer state, references and the learner's own
-checkpoints are of the adapters alone. There is no dropout: a log-prob would differ from the engine's by chance.
+those of an ordinary model, and every engine serves them. The sum is the one that `weight_store.codec.adapter` defines
+to the bit, so that W once, and then A and scale * B, are enough to send. Gradients, optimizer state, references and the
+learner's own checkpoints are of the adapters alone. There is no dropout: a log-prob would differ from the engine's by
+chance.
 Source: Hu et al., arXiv 2106.09685.
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from longshore.config import LoraSpec
 from longshore.errors import ConfigError
+from longshore.weight_store.codec.adapter import merge
+from longshore.weights.client import Product
+from longshore.weights.client import Tensor as Published
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,19 +70,69 @@ def trained_parameters(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad)
 
 
-def merged_parameters(policy: nn.Module) -> dict[str, Tensor]:
-    """Name -> value of the ordinary model that a policy amounts to; tied weights once. Not to be written to."""
+@dataclass(frozen=True)
+class Part:
+    """One parameter of the ordinary model that a policy amounts to, and what an adapter adds to it."""
+
+    # In the ordinary model.
+    name: str
+    # Without the adapter; not to be written to.
+    value: Tensor
+    # A and scale * B, copied; None where there is no adapter, or it adds nothing yet.
+    product: Product | None
+
+
+def has_adapters(policy: nn.Module) -> bool:
+    """Whether it is one that adapters were put into."""
+    return next(_layers(policy), None) is not None
+
+
+def parts(policy: nn.Module) -> Iterator[Part]:
+    """The parameters of the ordinary model, tied ones once."""
     layers = dict(_layers(policy))
-    merged = {}
     for name, parameter in policy.named_parameters():
         if name.partition(".lora_")[0] in layers:
             continue
-        value = parameter.detach()
         owner, wrapped, last = name.rpartition(f"{_WRAPPED}.")
-        if wrapped and last == "weight":
-            value = value + layers[owner].get_delta_weight(_ADAPTER).detach()
-        merged[_outer(name)] = value
-    return merged
+        outer = _outer(name)
+        product = _product(outer, layers[owner]) if wrapped and last == "weight" else None
+        yield Part(outer, parameter.detach(), product)
+
+
+def merged_parameters(policy: nn.Module) -> dict[str, Tensor]:
+    """Name -> value of the ordinary model, adapters added; tied weights once. Not to be written to."""
+    return {part.name: _merged(part) for part in parts(policy)}
+
+
+def as_published(name: str, value: Tensor) -> Published:
+    """A tensor's bytes, over its own memory where it is on the CPU: not to be written to from then on."""
+    data = value.detach().cpu().contiguous()
+    raw = data.view(torch.uint8).numpy().data.toreadonly().cast("B")
+    return Published(name, str(data.dtype).removeprefix("torch."), tuple(data.shape), cast("bytes", raw))
+
+
+def from_published(tensor: Published) -> Tensor:
+    """The same memory as a torch tensor; not to be written to."""
+    with warnings.catch_warnings():
+        # torch warns of memory that must not be written to.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(tensor.data, dtype=getattr(torch, tensor.dtype)).view(tensor.shape)
+
+
+def _product(name: str, layer: Any) -> Product | None:
+    down, up = layer.lora_A[_ADAPTER].weight.detach(), layer.lora_B[_ADAPTER].weight.detach()
+    if not bool(up.any()):
+        return None
+    return Product(
+        name, as_published(f"{name}.down", down.clone()), as_published(f"{name}.up", up * layer.scaling[_ADAPTER])
+    )
+
+
+def _merged(part: Part) -> Tensor:
+    if part.product is None:
+        return part.value
+    (whole,) = merge([as_published(part.name, part.value)], [part.product])
+    return from_published(whole).to(part.value.device)
 
 
 class holding:  # noqa: N801 - used as a context manager, reads as a verb

@@ -7,8 +7,9 @@ await publisher.wait()                   # until the last one is in the store
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +18,10 @@ import torch
 from longshore.errors import NotFound
 from longshore.learner.disk import when_there_is_room
 from longshore.learner.durable_lines import append_line, read_lines
-from longshore.learner.lora import holding, merged_parameters
-from longshore.learner.trainer import canary_logprobs
+from longshore.learner.published import probe, published
 from longshore.signing import SigningKey
 from longshore.weight_store.version import EVALUATED
-from longshore.weights.client import CanaryProbe, Tensor, VersionDraft, WeightsClient, checksum_of
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from longshore.weights.client import Beside, CanaryProbe, Tensor, VersionDraft, WeightsClient, checksum_of
 
 # For how long a version is held in the store at most while it is evaluated.
 PINNED_S = 24 * 3600.0
@@ -51,6 +49,10 @@ class VersionLog:
         self._checksums[version] = checksum
         append_line(self._path, {"version": version, "checksum": checksum}, sync=False)
 
+    def version_of(self, checksum: str) -> int | None:
+        """The first version with these weights."""
+        return min((version for version, own in self._checksums.items() if own == checksum), default=None)
+
     def checksum(self, version: int) -> str | None:
         return self._checksums.get(version)
 
@@ -76,13 +78,16 @@ class Publisher:
         self._running: asyncio.Task[None] | None = None
         # Highest version that exists: numbers up to it are taken.
         self._taken = -1
+        # Of a policy with adapters: the model without them, as published.
+        self._base: Sequence[Tensor] | None = None
+        self._base_checksum = ""
 
     async def start(self) -> None:
         """Learns which numbers are taken."""
-        try:
-            self._taken = await self._client.head(timeout=30.0)
-        except NotFound:
-            self._taken = -1
+        # The newest on hand need not be head's: a base of adapters never is.
+        self._taken = max(await self._client.versions(limit=1, timeout=30.0), default=-1)
+        with contextlib.suppress(NotFound):
+            self._taken = max(self._taken, await self._client.head(timeout=30.0))
 
     @property
     def newest(self) -> int:
@@ -97,29 +102,61 @@ class Publisher:
         that version; other weights get the first free number (law 5).
         """
         await self.wait()
-        tensors, canary = await asyncio.to_thread(self._copy, policy)
+        weights = await asyncio.to_thread(published, policy, self._dtype, self._canary, self._base)
+        checksum = await asyncio.to_thread(checksum_of, weights.tensors)
         if version <= self._taken:
-            if await self._same(version, tensors):
-                return version
+            # After a warm start version 0 is the model before it, and version 1 what it gave.
+            for number in (version, version + 1) if weights.adapted else (version,):
+                if number <= self._taken and await self._same(number, checksum):
+                    return number
             version = self._taken + 1
-        draft = VersionDraft(
-            version=version,
-            train_step=lineage.train_step,
-            learner_epoch=lineage.learner_epoch,
-            parent_version=lineage.parent_version,
-            canaries=(canary,),
-            created_at=time.time(),
-        )
-        self._taken = max(self._taken, version)
-        checksum = checksum_of(tensors)
-        await when_there_is_room(lambda: self._log.append(version, checksum), "a version's checksum")
+        beside = None
+        if weights.adapted is not None:
+            self._base = weights.adapted.base
+            base_version = await self._base_version(policy, version, checksum, lineage)
+            version = max(version, self._taken + 1)
+            if base_version is not None and weights.adapted.is_sendable:
+                beside = Beside(base_version, weights.adapted.base, weights.adapted.products)
+        draft = _draft(version, lineage, weights.canary)
+        await self._take(version, checksum)
         # Read anew each time: it may have been rotated.
         key = await asyncio.to_thread(SigningKey.load, self._key_file)
-        self._running = asyncio.create_task(self._send(key, draft, tensors, pinned))
+        self._running = asyncio.create_task(self._send(key, draft, weights.tensors, beside, pinned))
         return version
 
-    async def _send(self, key: SigningKey, draft: VersionDraft, tensors: list[Tensor], pinned: bool) -> None:
-        await self._client.publish(key, draft, tensors, self._assets)
+    async def _base_version(self, policy: torch.nn.Module, version: int, checksum: str, lineage: Lineage) -> int | None:
+        """The version that is the model without adapters, published as `version` if there is none yet.
+
+        None: the weights with this checksum are that model.
+        """
+        base = self._base
+        assert base is not None
+        own = self._base_checksum = self._base_checksum or await asyncio.to_thread(checksum_of, base)
+        known = self._log.version_of(own)
+        if known is not None and known < version:
+            return known
+        if own == checksum:
+            return None
+        # Something was trained before anything was published: a warm start.
+        canary = await asyncio.to_thread(probe, policy, base, self._canary)
+        key = await asyncio.to_thread(SigningKey.load, self._key_file)
+        await self._take(version, own)
+        await self._client.publish(key, _draft(version, lineage, canary), base, self._assets, heads=False)
+        return version
+
+    async def _take(self, version: int, checksum: str) -> None:
+        self._taken = max(self._taken, version)
+        await when_there_is_room(lambda: self._log.append(version, checksum), "a version's checksum")
+
+    async def _send(
+        self,
+        key: SigningKey,
+        draft: VersionDraft,
+        tensors: Sequence[Tensor],
+        beside: Beside | None,
+        pinned: bool,
+    ) -> None:
+        await self._client.publish(key, draft, tensors, self._assets, beside=beside)
         if pinned:
             await self._client.point(key, EVALUATED, draft.version, PINNED_S)
 
@@ -129,8 +166,7 @@ class Publisher:
             running, self._running = self._running, None
             await running
 
-    async def _same(self, version: int, tensors: list[Tensor]) -> bool:
-        checksum = checksum_of(tensors)
+    async def _same(self, version: int, checksum: str) -> bool:
         known = self._log.checksum(version)
         if known is not None:
             return known == checksum
@@ -140,15 +176,13 @@ class Publisher:
             # Retired, and not in our log: it cannot be compared, so the weights get a number of their own.
             return False
 
-    def _copy(self, policy: torch.nn.Module) -> tuple[list[Tensor], CanaryProbe]:
-        dtype = _DTYPES[self._dtype]
-        rounded = {name: parameter.to(dtype) for name, parameter in merged_parameters(policy).items()}
-        tensors = [
-            Tensor(name, self._dtype, tuple(value.shape), value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            for name, value in rounded.items()
-        ]
-        # The canary is computed with the weights as published, so that rounding is not taken for a fault.
-        widened = {name: value.float() for name, value in rounded.items()}
-        with holding(policy, widened):
-            logprobs = canary_logprobs(policy, self._canary)
-        return tensors, CanaryProbe(tuple(self._canary), tuple(logprobs))
+
+def _draft(version: int, lineage: Lineage, canary: CanaryProbe) -> VersionDraft:
+    return VersionDraft(
+        version=version,
+        train_step=lineage.train_step,
+        learner_epoch=lineage.learner_epoch,
+        parent_version=lineage.parent_version,
+        canaries=(canary,),
+        created_at=time.time(),
+    )

@@ -62,7 +62,7 @@ class HomeWeights:
                 job=self._job,
                 pointer=pointer,
                 push=push,
-                have=(have or ())[:MAX_HAVE],
+                have=_told(have or ()),
                 codecs=CODECS if push else (),
             )
         )
@@ -77,7 +77,7 @@ class HomeWeights:
             job=self._job,
             version=version,
             weight_set=weights_pb2.WEIGHT_SET_POLICY,
-            have=have[:MAX_HAVE],
+            have=_told(have),
             codecs=CODECS,
         )
         with _errors():
@@ -109,6 +109,11 @@ class HomeWeights:
                 weights_pb2.GetKeysRequest(job=self._job), timeout=CALL_S
             )
             return response
+
+
+def _told(have: Sequence[int]) -> Sequence[int]:
+    """The newest, and the oldest: that is what a job's adapters are decoded against."""
+    return have if len(have) <= MAX_HAVE else [*have[: MAX_HAVE - 1], have[-1]]
 
 
 async def _items(call: AsyncIterable[M]) -> AsyncIterator[M]:

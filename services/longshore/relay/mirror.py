@@ -24,6 +24,7 @@ from longshore.errors import Conflict, IntegrityError, LongshoreError, NotFound,
 from longshore.proto.v1 import weights_pb2
 from longshore.relay.inflow import Inflow
 from longshore.weight_store.objects import StorageFull
+from longshore.weight_store.planner import legs
 from longshore.weight_store.version import EVALUATED, HEAD
 
 log = structlog.get_logger()
@@ -332,6 +333,10 @@ class Mirror:
                 if version in have:
                     return
                 told = await self._home.version(version, have)
+                for leg in legs(told.path)[:-1]:
+                    # What adapters are decoded against is a version of the site's too: the next one needs it again.
+                    await self._bring(leg[-1].version, heads=False)
+                    told = await self._home.version(version, await self._site.versions())
                 try:
                     await self._transfer(version, told, heads)
                 except (IntegrityError, NotFound, Rejected) as error:

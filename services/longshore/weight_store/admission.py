@@ -28,7 +28,7 @@ class Admission:
 
     @property
     def base(self) -> VersionKey | None:
-        """What a delta is decoded against; None for a full encoding."""
+        """What a delta or adapter is decoded against; None for a full encoding."""
         if not self.encoding.HasField("base_version"):
             return None
         return VersionKey(self.key.weight_set, self.encoding.base_version)

@@ -24,6 +24,8 @@ class HostCopy:
 
     infos: tuple[TensorInfo, ...]
     tensors: tuple[Tensor, ...]
+    # It came as an adapter. The copy to hold is its base's, which the next version comes from too.
+    beside: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -39,7 +41,7 @@ class Copies(Generic[K]):
     """A set of host copies by key, at most `limit` of them and `max_bytes` in all; the least recently used go first.
 
     Thread-safe. Tensors that several copies have in common are held, and counted, once. A copy that alone has more
-    than `max_bytes` is not held.
+    than `max_bytes` is not held, nor is one that came as an adapter.
     """
 
     def __init__(self, limit: int, max_bytes: int) -> None:
@@ -71,7 +73,7 @@ class Copies(Generic[K]):
         """Holds a copy, as long as there is room."""
         with self._lock:
             self._discard(key)
-            if copy.num_bytes > self.max_bytes:
+            if copy.beside or copy.num_bytes > self.max_bytes:
                 return
             for info, tensor in zip(copy.infos, copy.tensors, strict=True):
                 if not self._users[info]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from longshore.proto.v1 import weights_pb2
 
@@ -19,6 +20,10 @@ class Step:
     # What it decodes to.
     version: int
     encoding: weights_pb2.Encoding
+
+
+# Also as the wire has it.
+S = TypeVar("S", Step, weights_pb2.PathStep)
 
 
 def cheapest_path(
@@ -80,13 +85,25 @@ def reachable(encodings: Mapping[int, Sequence[weights_pb2.Encoding]], codecs: C
     return found
 
 
+def legs(path: Sequence[S]) -> list[list[S]]:
+    """A path, cut before every adapter. Where a leg ends is a version that who follows the job should hold: all later
+    adapters are decoded against it, and none against what they give."""
+    cut: list[list[S]] = []
+    for step in path:
+        if not cut or step.encoding.kind == weights_pb2.ENCODING_KIND_ADAPTER:
+            cut.append([])
+        cut[-1].append(step)
+    return cut
+
+
 def path_bytes(steps: Sequence[Step]) -> int:
     """What fetching a path costs."""
     return sum(step.encoding.size for step in steps)
 
 
 def path_kind(steps: Sequence[Step] | None) -> str:
-    """For counting: unreachable, nothing, full, delta, merged, deltas (several), or anchored (full, then deltas)."""
+    """For counting: unreachable, nothing, full, delta, merged, adapter, deltas (several), or anchored (full, then
+    others)."""
     if steps is None:
         return "unreachable"
     if not steps:
@@ -96,6 +113,8 @@ def path_kind(steps: Sequence[Step] | None) -> str:
         return "full" if len(steps) == 1 else "anchored"
     if len(steps) > 1:
         return "deltas"
+    if first == weights_pb2.ENCODING_KIND_ADAPTER:
+        return "adapter"
     return "merged" if first == weights_pb2.ENCODING_KIND_MERGED_DELTA else "delta"
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from longshore.errors import NotFound, Unavailable
 from longshore.proto.v1 import weights_pb2
 from longshore.types import JobRef
-from longshore.weight_store.decoding import SAFETENSORS
+from longshore.weight_store.decoding import SAFETENSORS, is_adapter
 from longshore.weight_store.hub import PointerHub, State
 from longshore.weight_store.incoming import CHUNK_BYTES, SENT_CHUNK_BYTES, Incoming
 from longshore.weight_store.layout import VersionKey
-from longshore.weight_store.planner import Step
+from longshore.weight_store.planner import Step, legs
 from longshore.weight_store.store import POLICY, WeightStore
 
 # One read of the store gives several chunks, because each is a request where the store is remote.
@@ -87,35 +87,50 @@ class Pushes:
                 return
         # Before anything else is sent: what was pushed and then not published has to be taken back.
         if await incoming.settled():
-            self._hold(incoming.version)
+            self._hold(incoming.version, _adapted(incoming.encoding))
         else:
             yield weights_pb2.WatchResponse(push_broken=True)
 
     async def _stored(self, version: int) -> AsyncIterator[weights_pb2.WatchResponse]:
-        """A version on hand by its cheapest path. Where there is none nothing is sent: who asks for it will be told."""
-        key = VersionKey(POLICY, version)
-        try:
-            manifest, _ = await asyncio.to_thread(self._store.version, self._job, key)
-            path = await asyncio.to_thread(self._store.path, self._job, key, self._held, self._codecs)
-        except NotFound:
-            return
-        if not path:
-            return
-        yield weights_pb2.WatchResponse(push=weights_pb2.VersionPush(manifest=manifest, path=path_to_proto(path)))
-        try:
-            for step in path:
-                path_of, size = await asyncio.to_thread(self._store.find, self._job, step.encoding.sha256)
-                async for chunk in stored_chunks(self._store, path_of, size, 0):
-                    yield weights_pb2.WatchResponse(chunk=chunk)
-        except NotFound:
-            # Retention was quicker.
-            yield weights_pb2.WatchResponse(push_broken=True)
-            return
-        self._hold(version)
+        """A version on hand by its cheapest path; an adapter's base goes before it, as a version of its own.
 
-    def _hold(self, version: int) -> None:
+        Where there is no way nothing is sent: who asks for it will be told.
+        """
+        key = VersionKey(POLICY, version)
+        path = await asyncio.to_thread(self._store.path, self._job, key, self._held, self._codecs)
+        for leg in legs(path or ()):
+            try:
+                end = VersionKey(POLICY, leg[-1].version)
+                manifest, _ = await asyncio.to_thread(self._store.version, self._job, end)
+            except NotFound:
+                return
+            yield weights_pb2.WatchResponse(push=weights_pb2.VersionPush(manifest=manifest, path=path_to_proto(leg)))
+            try:
+                for step in leg:
+                    path_of, size = await asyncio.to_thread(self._store.find, self._job, step.encoding.sha256)
+                    async for chunk in stored_chunks(self._store, path_of, size, 0):
+                        yield weights_pb2.WatchResponse(chunk=chunk)
+            except NotFound:
+                # Retention was quicker.
+                yield weights_pb2.WatchResponse(push_broken=True)
+                return
+            self._hold(end.version, _adapted(leg[-1].encoding))
+
+    def _hold(self, version: int, adapted: int | None = None) -> None:
+        """
+        Args:
+            adapted: what it came as an adapter of; the next one will too, so it is not forgotten before the version.
+        """
+        if adapted in self._held:
+            self._held.remove(adapted)
+            self._held.append(adapted)
         self._held.append(version)
         del self._held[:-MAX_HELD]
+
+
+def _adapted(encoding: weights_pb2.Encoding) -> int | None:
+    """The base of an adapter."""
+    return encoding.base_version if is_adapter(encoding) else None
 
 
 async def stored_chunks(store: WeightStore, path: str, size: int, offset: int) -> AsyncIterator[bytes]:

@@ -1,7 +1,8 @@
 """Which objects of a job can go: a pure function of a listing.
 
 Kept are the newest versions of each weight set, every version that a pointer names, and what those are made of: the
-full encodings and deltas by which a newcomer reaches each of them. Besides, the single deltas of the recent past, for
+full encodings and deltas by which a newcomer reaches each of them, and the versions that their adapters are decoded
+against: the next version's will be too. Besides, the single deltas of the recent past, for
 receivers that are behind and for merging; their versions need not be within a newcomer's reach. Whatever belongs to no
 version, such as the leftovers of a publish that was cut off, goes after a grace time.
 """
@@ -14,7 +15,7 @@ from pathlib import PurePosixPath
 from longshore.proto.v1 import weights_pb2
 from longshore.types import JobRef
 from longshore.weight_store import layout
-from longshore.weight_store.decoding import CODECS
+from longshore.weight_store.decoding import CODECS, is_adapter
 from longshore.weight_store.layout import VersionKey
 from longshore.weight_store.objects import StoredObject
 from longshore.weight_store.planner import cheapest_path
@@ -103,6 +104,8 @@ def wanted(encodings: Encodings, keep: int, named: Collection[int]) -> dict[int,
     """The versions of one weight set that stay, each with the SHA-256 of its encodings that do."""
     newest = sorted(encodings, reverse=True)
     kept = {*newest[:keep], *(version for version in named if version in encodings)}
+    bases = {item.base_version for version in kept for item in encodings[version] if is_adapter(item)}
+    kept |= bases & encodings.keys()
     recent = set(newest[:RECENT])
     stays: dict[int, set[bytes]] = {}
     for version in kept:

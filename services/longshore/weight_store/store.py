@@ -22,7 +22,7 @@ from longshore.weight_store import layout, payload, retention
 from longshore.weight_store.admission import Admission
 from longshore.weight_store.books import Books
 from longshore.weight_store.copies import Copies, HostCopy, total_bytes
-from longshore.weight_store.decoding import CODECS, SAFETENSORS, check_encoding, decode
+from longshore.weight_store.decoding import CODECS, SAFETENSORS, check_encoding, decode, is_adapter
 from longshore.weight_store.host_copies import CopyKey, HostCopies
 from longshore.weight_store.hub import State
 from longshore.weight_store.keychain import find_key
@@ -104,7 +104,7 @@ class WeightStore:
         Raises:
             Fenced: a newer learner epoch or key has taken over, or head is past this publish's serial.
             VersionTaken: another manifest holds the number.
-            NotFound: a delta's base cannot be read; a full encoding would be taken.
+            NotFound: the base of a delta or adapter cannot be read; a full encoding would be taken.
             IntegrityError: a signature or checksum does not match, or the key is not the job's.
             Rejected: the header makes no sense.
         """
@@ -290,12 +290,14 @@ class WeightStore:
         """Whether this very manifest is published. Raises Fenced, VersionTaken."""
         job, key, head = admission.job, admission.key, admission.head
         present = self._records.pointer(job, HEAD)
-        if not self._mirror:
-            self._check_epoch(admission, present)
         try:
             stored = self._records.version(job, key).manifest.manifest
         except NotFound:
             stored = None
+        # Who sends a version's bytes once more and moves nothing only mends what was lost, whoever published it.
+        mends = head is None and stored == admission.record.manifest.manifest
+        if not self._mirror and not mends:
+            self._check_epoch(admission, present)
         if stored is not None and stored != admission.record.manifest.manifest:
             raise VersionTaken(f"another manifest holds version {key.version} of {job}")
         if self._mirror:
@@ -321,14 +323,14 @@ class WeightStore:
                     raise Fenced(f"learner epoch {epoch} of {job} was superseded by epoch {newest}")
 
     def _check_base(self, admission: Admission) -> None:
-        """Raises NotFound: a delta's base is not on hand. Rejected: it has other tensors."""
+        """Raises NotFound: what the encoding is decoded against is not on hand. Rejected: it has other tensors."""
         base = admission.base
         if base is None:
             return
         try:
             manifest = self._records.manifest(admission.job, base)
         except NotFound as error:
-            raise NotFound(f"{error}, the delta's base: publish a full encoding") from None
+            raise NotFound(f"{error}, the encoding's base: publish a full encoding") from None
         if manifest.layout_sha256 != admission.manifest.layout_sha256:
             raise Rejected("base", f"version {base.version} has other tensors: publish a full encoding")
 
@@ -359,7 +361,7 @@ class WeightStore:
         base = self.copies.get(admission.job, admission.base) if admission.base else None
         before, proven = (base.tensors, base.infos) if base else ((), None)
         tensors = decode(encoding, data, before, infos, threads=self._threads, base_infos=proven)
-        return HostCopy(tuple(infos), tensors)
+        return HostCopy(tuple(infos), tensors, beside=is_adapter(encoding))
 
     def _write_parts(self, admission: Admission, file: IO[bytes], existed: bool) -> None:
         job, key, encoding = admission.job, admission.key, admission.encoding

@@ -4,6 +4,7 @@ One thread of low priority, woken by each publish. Of the newest version of a jo
 - a full encoding, once the deltas since the last one add up to half of it: for newcomers;
 - the delta from the version before, where it was not published as one: for who keeps up;
 - the delta from 8 and from 64 versions before, if it is smaller than the deltas between: for who is behind.
+A version that came as an adapter needs no deltas: whoever has the base is one small encoding away from any version.
 Each is accepted like any other encoding: only if it decodes to what the manifest says. A version that is superseded
 while the thread is busy is passed over, so that a fast publisher is never followed by a backlog.
 """
@@ -24,7 +25,7 @@ from longshore.proto.v1 import weights_pb2
 from longshore.types import JobRef
 from longshore.weight_store import metrics
 from longshore.weight_store.copies import total_bytes
-from longshore.weight_store.decoding import CODECS, DELTA, PLANES
+from longshore.weight_store.decoding import CODECS, DELTA, PLANES, is_adapter
 from longshore.weight_store.layout import VersionKey
 from longshore.weight_store.objects import StorageFull
 from longshore.weight_store.payload import TensorInfo
@@ -99,7 +100,7 @@ class Upkeep:
         key = VersionKey(weight_set, newest)
         with self._counted(job, "full"):
             self._anchor(job, key)
-        for stride in STRIDES:
+        for stride in STRIDES if not self._bases(job, key) else ():
             with self._counted(job, "delta" if stride == 1 else "merged"):
                 self._merge(job, key, stride)
         self._let_go(job, key)
@@ -194,10 +195,18 @@ class Upkeep:
 
     def _let_go(self, job: JobRef, key: VersionKey) -> None:
         """Frees the copies that neither the next publish nor the next merging starts from."""
-        useful = {key.version, *(key.version - stride for stride in STRIDES if stride > 1)}
+        useful = {key.version, *(key.version - stride for stride in STRIDES if stride > 1), *self._bases(job, key)}
         for version in self._store.copies.held(job, key.weight_set):
             if version < key.version and version not in useful:
                 self._store.copies.discard(job, VersionKey(key.weight_set, version))
+
+    def _bases(self, job: JobRef, key: VersionKey) -> set[int]:
+        """What a version's adapters are decoded against; nothing for one that did not come so."""
+        try:
+            _, encodings = self._store.version(job, key)
+        except NotFound:
+            return set()
+        return {encoding.base_version for encoding in encodings if is_adapter(encoding)}
 
     @contextlib.contextmanager
     def _counted(self, job: JobRef, kind: str) -> Iterator[None]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from longshore.errors import IntegrityError, LongshoreError, Rejected
 from longshore.proto.v1 import weights_pb2
 from longshore.weight_store.copies import Copies, HostCopy
-from longshore.weight_store.decoding import walk
+from longshore.weight_store.decoding import is_adapter, walk
 from longshore.weight_store.paths import base_of, checked_path
 from longshore.weight_store.planner import Step
 from longshore.weight_store.version import tensor_infos
@@ -62,6 +63,8 @@ class Arrivals:
         self._on_fault = on_fault
         self._coming: _Parcel | None = None
         self._pending: dict[int, asyncio.Task[Arrived]] = {}
+        # Of those that came as adapters: what they are decoded against.
+        self._bases: dict[int, int] = {}
 
     def begin(self, manifest: weights_pb2.Manifest, push: weights_pb2.VersionPush) -> None:
         """Takes a version's announcement. Raises Rejected: it cannot be what it says, or its base is not held."""
@@ -82,6 +85,9 @@ class Arrivals:
         self._coming = None
         version = parcel.manifest.version
         self._forget(version)
+        base = base_of(parcel.path)
+        if base is not None and is_adapter(parcel.path[-1].encoding):
+            self._bases[version] = base
         task = asyncio.create_task(self._decode(parcel), name=f"decode {version}")
         task.add_done_callback(lambda done: self._finished(version, done))
         self._pending[version] = task
@@ -106,10 +112,10 @@ class Arrivals:
         return None if task is None else await asyncio.shield(task)
 
     def confirm(self, version: int) -> None:
-        """A pointer names the version: it is held, and may be decoded against in other streams, from now on."""
-        task = self._pending.get(version)
-        if task is not None:
-            task.add_done_callback(lambda done: self._hold(version, done))
+        """A pointer names the version: it, or the base of one that came as an adapter, is held from now on and may be
+        decoded against in other streams."""
+        for held in {version, self._bases.get(version, version)} & self._pending.keys():
+            self._pending[held].add_done_callback(partial(self._hold, held))
 
     def close(self) -> None:
         """Ends what is being decoded."""
@@ -120,6 +126,7 @@ class Arrivals:
         return version in self._pending or self._copies.get(version) is not None
 
     def _forget(self, version: int) -> None:
+        self._bases.pop(version, None)
         task = self._pending.pop(version, None)
         if task is not None:
             task.cancel()
@@ -135,6 +142,7 @@ class Arrivals:
         # What was not decoded is not held, so that nothing is decoded against it.
         if self._pending.get(version) is task:
             del self._pending[version]
+            self._bases.pop(version, None)
         if error is None:
             return
         if not isinstance(error, LongshoreError):

@@ -29,6 +29,7 @@ from longshore.weight_store import bundle
 from longshore.weight_store.copies import Copies
 from longshore.weight_store.keychain import sign_rotation, verify_chain
 from longshore.weight_store.payload import Tensor
+from longshore.weight_store.product import Beside, Product
 from longshore.weight_store.version import (
     HEAD,
     CanaryProbe,
@@ -44,16 +45,18 @@ from longshore.weights.calls import repeat, translated
 from longshore.weights.fetching import Fetching
 from longshore.weights.keys import KeyRing
 from longshore.weights.manifests import Manifests
-from longshore.weights.parcel import Base, Parcel, pack
+from longshore.weights.parcel import Base, Parcel, again, pack
 from longshore.weights.watching import News, PointerWatch
 
 __all__ = [
+    "Beside",
     "CanaryProbe",
     "Copies",
     "KeyRing",
     "News",
     "PointerState",
     "PolicyVersion",
+    "Product",
     "Tensor",
     "VersionDraft",
     "WeightsClient",
@@ -112,31 +115,41 @@ class WeightsClient:
         tensors: Sequence[Tensor],
         assets: Mapping[str, bytes],
         timeout: float = 120.0,
+        *,
+        beside: Beside | None = None,
+        heads: bool = True,
     ) -> bool:
         """Publishes a version and moves head to it. True when this very version was there already.
 
-        Sent as a delta from what this client published before; in full the first time, and where the store has lost
-        what the delta is decoded against.
+        Sent as a delta from what this client published before, or as an adapter; in full the first time, and where the
+        store has lost what either is decoded against.
+
+        Args:
+            beside: the published version and the products that `tensors` are the sum of (codec.adapter.merge).
+            heads: False leaves head where it is.
 
         Raises:
-            ValueError: the draft or a tensor makes no sense.
+            ValueError: the draft, a tensor or a product makes no sense.
             Fenced: a newer learner epoch has published: stop.
             Conflict: another manifest holds the number.
         """
         deadline = time.monotonic() + timeout
-        serial = await self._next_serial(timeout)
+        serial = await self._next_serial(timeout) if heads else None
         make = partial(pack, self.job, key, draft, tensors, assets, serial)
+        older = self._sent if self._sent is not None and self._sent.version < draft.version else None
+        parcel = await asyncio.to_thread(make, beside or older)
         try:
-            older = self._sent if self._sent is not None and self._sent.version < draft.version else None
-            parcel = await asyncio.to_thread(make, older)
             existed = await self._send(parcel, deadline)
         except NotFound:
-            log.info("published in full: the store lacks the delta's base", job=str(self.job), version=draft.version)
-            parcel = await asyncio.to_thread(make, None)
+            if beside is None or not await self._mended(beside, deadline):
+                log.info("published in full: the store lacks the base", job=str(self.job), version=draft.version)
+                parcel = await asyncio.to_thread(make, None)
             existed = await self._send(parcel, deadline)
-        self._sent = Base(draft.version, tensors)
+        # Beside a base nothing is encoded against the version before.
+        self._sent = Base(draft.version, tensors) if beside is None else None
         self._sent_assets = parcel.assets_sha256
-        self._pointer_watch(HEAD).note(pointer_state(parcel.header.head))
+        if heads:
+            self._pointer_watch(HEAD).note(pointer_state(parcel.header.head))
         return existed
 
     async def rotate_key(self, old: SigningKey, new: SigningKey, timeout: float = 30.0) -> None:
@@ -240,6 +253,21 @@ class WeightsClient:
         request = weights_pb2.ListPointersRequest(job=self._job)
         response = await repeat(lambda left: self._stub.ListPointers(request, timeout=left), timeout)
         return [await self._manifests.pointer(item, pointer_state(item).name) for item in response.pointers]
+
+    async def _mended(self, base: Beside, deadline: float) -> bool:
+        """Sends a version's tensors again, of which the store has the manifest and no way to them. False where it has
+        no manifest either."""
+        request = weights_pb2.GetVersionRequest(
+            job=self._job, version=base.version, weight_set=weights_pb2.WEIGHT_SET_POLICY
+        )
+        try:
+            found = await repeat(lambda left: self._stub.GetVersion(request, timeout=left), deadline - time.monotonic())
+            parcel = await asyncio.to_thread(again, found.manifest, base.tensors)
+            await self._send(parcel, deadline)
+        except (NotFound, IntegrityError) as error:
+            log.warning("a base was not mended", job=str(self.job), version=base.version, reason=str(error))
+            return False
+        return True
 
     async def _send(self, parcel: Parcel, deadline: float) -> bool:
         """Publishes a parcel; True when its version was there already."""

@@ -19,6 +19,8 @@ from longshore.weight_store import metrics
 from longshore.weight_store.copies import Copies, HostCopy
 from longshore.weight_store.decoding import CODECS, walk
 from longshore.weight_store.paths import base_of, checked_path
+from longshore.weight_store.payload import TensorInfo
+from longshore.weight_store.planner import Step, legs
 from longshore.weight_store.version import tensor_infos
 from longshore.weights.calls import repeat
 from longshore.weights.manifests import Manifests
@@ -81,8 +83,12 @@ class Fetching:
         return whole
 
     async def _attempt(
-        self, version: int, have: Sequence[int], deadline: float
+        self, version: int, have: Sequence[int], deadline: float, *, in_legs: bool = True
     ) -> tuple[weights_pb2.Manifest, HostCopy]:
+        """
+        Args:
+            in_legs: what an adapter is decoded against is brought as a version of its own first, and held.
+        """
         request = weights_pb2.GetVersionRequest(
             job=self._job_proto,
             version=version,
@@ -93,9 +99,13 @@ class Fetching:
         response = await repeat(lambda left: self._stub.GetVersion(request, timeout=left), deadline - time.monotonic())
         manifest = await self._manifests.opened(response.manifest, version)
         infos = tensor_infos(manifest)
+        if not response.path and version in have:
+            return manifest, self._held(version, infos)
         if not response.path:
             raise NotFound(f"{self._job} has version {version}, but no way to it from {list(have) or 'nothing'}")
         path = checked_path(response.path, version, infos)
+        if in_legs and await self._brought_bases(path, have, deadline):
+            return await self._attempt(version, self._copies.keys(), deadline, in_legs=False)
         base = base_of(path)
         start = None if base is None else self._copies.get(base)
         if base is not None and start is None:
@@ -108,6 +118,26 @@ class Fetching:
             payloads[sha256] = await self.download(sha256, step.encoding.size, deadline - time.monotonic())
         read = lambda encoding: payloads[encoding.sha256]  # noqa: E731
         return manifest, await asyncio.to_thread(walk, path, read, start, infos)
+
+    async def _brought_bases(self, path: Sequence[Step], have: Sequence[int], deadline: float) -> bool:
+        """Gets what a path's adapters are decoded against as versions of their own, to be held. True when any was."""
+        if not self._copies.max_bytes:
+            return False
+        brought = False
+        for leg in legs(path)[:-1]:
+            base = leg[-1].version
+            _, copy = await self._attempt(base, have, deadline, in_legs=False)
+            self._copies.put(base, copy)
+            # One that is too large to be held is decoded on the way.
+            brought = brought or self._copies.get(base) is not None
+        return brought
+
+    def _held(self, version: int, infos: Sequence[TensorInfo]) -> HostCopy:
+        """Raises IntegrityError: what is held under that number is another version."""
+        copy = self._copies.get(version)
+        if copy is None or list(copy.infos) != list(infos):
+            raise IntegrityError(f"what is held as version {version} is not what the store has as it")
+        return copy
 
     @property
     def _job_proto(self) -> job_pb2.JobRef:

@@ -13,6 +13,7 @@ from longshore.signing import SigningKey
 from longshore.types import JobRef
 from longshore.weight_store import bundle, payload
 from longshore.weight_store.payload import Tensor
+from longshore.weight_store.product import Beside
 from longshore.weight_store.version import HEAD, VersionDraft, build_manifest, sign_manifest, sign_pointer
 
 # Renewed by every publish; long enough for the slowest step and for a finished job to be looked at.
@@ -48,16 +49,18 @@ def pack(
     draft: VersionDraft,
     tensors: Sequence[Tensor],
     assets: Mapping[str, bytes],
-    serial: int,
-    base: Base | None = None,
+    serial: int | None,
+    base: Base | Beside | None = None,
 ) -> Parcel:
     """Hashes, encodes and signs a version, and a head that names it. Blocks for as long as that takes.
 
     Args:
-        base: a published version to encode a delta from, if its tensors have the same layout.
+        serial: head's; None leaves head where it is.
+        base: a published version to encode a delta from, if its tensors have the same layout; or one that the version
+            is an adapter of, merged.
 
     Raises:
-        ValueError: the draft or a tensor makes no sense.
+        ValueError: the draft, a tensor or an adapter makes no sense.
         Rejected: the assets cannot be a bundle.
     """
     archive = bundle.pack(assets)
@@ -71,14 +74,29 @@ def pack(
         manifest=sign_manifest(key, manifest),
         encoding=encoding,
         assets=archive,
-        head=sign_pointer(key, job, HEAD, draft.version, serial, time.time() + HEAD_LIFETIME_S),
     )
+    if serial is not None:
+        expires_at = time.time() + HEAD_LIFETIME_S
+        header.head.CopyFrom(sign_pointer(key, job, HEAD, draft.version, serial, expires_at))
     return Parcel(header, parts, assets_sha256)
 
 
-def _encoded(tensors: Sequence[Tensor], base: Base | None) -> tuple[weights_pb2.Encoding, list[bytes]]:
-    if base is not None and payload.layout_digest(base.tensors) == payload.layout_digest(tensors):
+def again(manifest: weights_pb2.SignedManifest, tensors: Sequence[Tensor]) -> Parcel:
+    """A version that was published once more in full, for a store that has lost its encodings."""
+    encoding, parts = _encoded(tensors, None)
+    return Parcel(weights_pb2.PublishHeader(manifest=manifest, encoding=encoding), parts, b"")
+
+
+def _encoded(tensors: Sequence[Tensor], base: Base | Beside | None) -> tuple[weights_pb2.Encoding, list[bytes]]:
+    if isinstance(base, Beside):
         # Late, because it needs NumPy.
+        from longshore.weight_store.codec import adapter
+
+        parts = [adapter.encode(base.tensors, base.products)]
+        encoding = weights_pb2.Encoding(
+            kind=weights_pb2.ENCODING_KIND_ADAPTER, base_version=base.version, codec=adapter.CODEC
+        )
+    elif base is not None and payload.layout_digest(base.tensors) == payload.layout_digest(tensors):
         from longshore.weight_store.codec import delta
 
         parts = [delta.encode(base.tensors, tensors)]

@@ -33,7 +33,9 @@ class _WeightSetEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WeightSet.V
     WEIGHT_SET_VALUE: _WeightSet.ValueType  # 3
 
 class WeightSet(_WeightSet, metaclass=_WeightSetEnumTypeWrapper):
-    """Which weights a version describes."""
+    """Which weights a version describes; each set has numbers of its own. A policy that is trained as adapters is a POLICY all
+    the same: its versions are the merged weights, which travel as encodings of kind ADAPTER.
+    """
 
 WEIGHT_SET_UNSPECIFIED: WeightSet.ValueType  # 0
 WEIGHT_SET_POLICY: WeightSet.ValueType  # 1
@@ -54,6 +56,10 @@ class _EncodingKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding
     """Changes against base_version."""
     ENCODING_KIND_MERGED_DELTA: _EncodingKind.ValueType  # 3
     """Changes of several versions in one, against base_version."""
+    ENCODING_KIND_ADAPTER: _EncodingKind.ValueType  # 4
+    """Products of two small matrices, added to tensors of base_version: what LoRA trains. Does not depend on any version
+    between the two.
+    """
 
 class EncodingKind(_EncodingKind, metaclass=_EncodingKindEnumTypeWrapper):
     """How an encoding's bytes give the result."""
@@ -65,6 +71,10 @@ ENCODING_KIND_DELTA: EncodingKind.ValueType  # 2
 """Changes against base_version."""
 ENCODING_KIND_MERGED_DELTA: EncodingKind.ValueType  # 3
 """Changes of several versions in one, against base_version."""
+ENCODING_KIND_ADAPTER: EncodingKind.ValueType  # 4
+"""Products of two small matrices, added to tensors of base_version: what LoRA trains. Does not depend on any version
+between the two.
+"""
 Global___EncodingKind: _TypeAlias = EncodingKind  # noqa: Y015
 
 @_typing.final
@@ -272,13 +282,14 @@ class Encoding(_message.Message):
     CODEC_FIELD_NUMBER: _builtins.int
     kind: Global___EncodingKind.ValueType
     base_version: _builtins.int
-    """Set for deltas."""
+    """Set for deltas and adapters."""
     sha256: _builtins.bytes
     """SHA-256 of the payload; also its address."""
     size: _builtins.int
     codec: _builtins.str
     """Codec name and version: "safetensors" (every tensor's bytes as they are), "longshore-planes/1" (every tensor,
-    compressed), "longshore-delta/1" (steps on the ordered-integer line, against base_version).
+    compressed), "longshore-delta/1" (steps on the ordered-integer line, against base_version), "longshore-adapter/1"
+    (base_version's tensors, plus products in a fixed order of sums that gives the same bits everywhere).
     """
     def __init__(
         self,
@@ -684,7 +695,7 @@ class GetVersionResponse(_message.Message):
     @_builtins.property
     def path(self) -> _containers.RepeatedCompositeFieldContainer[Global___PathStep]:
         """The fewest bytes from one of `have` to this version: each encoding is decoded against the result of the one before.
-        The first is full, or a delta whose base the caller has. Empty when the caller has the version, or when there is no
+        The first is full, or a delta or adapter whose base the caller has. Empty when the caller has the version, or when there is no
         way: then the version cannot be fetched.
         """
 

@@ -104,7 +104,7 @@ def decode(
     if verify:
         frame.verify(threads, [tensors[index] for index in split], [infos[index] for index in split])
         unchanged = [index for index in range(len(infos)) if index not in targets]
-        _verify_unchanged(threads, unchanged, base, infos, base_infos)
+        frame.verify_unchanged(threads, unchanged, base, infos, base_infos)
     return tensors
 
 
@@ -204,22 +204,6 @@ def _split(work: Sequence[_Coded]) -> list[int]:
 
 def _new(size: int) -> Bytes:
     return np.empty(size, np.uint8)
-
-
-def _verify_unchanged(
-    threads: int,
-    unchanged: Sequence[int],
-    base: Sequence[Tensor],
-    infos: Sequence[TensorInfo],
-    base_infos: Sequence[TensorInfo] | None,
-) -> None:
-    own = [infos[index] for index in unchanged]
-    if base_infos is None:
-        frame.verify(threads, [base[index] for index in unchanged], own)
-        return
-    for index, info in zip(unchanged, own, strict=True):
-        if base_infos[index].blake3 != info.blake3:
-            raise IntegrityError(f"tensor {info.name} does not match its checksum: the payload leaves it unchanged")
 
 
 def _plan(infos: Sequence[TensorInfo], cuts: Sequence[Cut | None]) -> list[tuple[Format, Section]]:

@@ -59,6 +59,24 @@ def verify(threads: int, tensors: Sequence[Tensor], infos: Sequence[TensorInfo])
     each(threads, lambda own: verify_bytes(own[0].data, own[1]), zip(tensors, infos, strict=True))
 
 
+def verify_unchanged(
+    threads: int,
+    unchanged: Sequence[int],
+    base: Sequence[Tensor],
+    infos: Sequence[TensorInfo],
+    base_infos: Sequence[TensorInfo] | None,
+) -> None:
+    """Of tensors that are base's own: `base_infos`, where the caller has proven the base against them, spares hashing.
+    Raises IntegrityError."""
+    own = [infos[index] for index in unchanged]
+    if base_infos is None:
+        verify(threads, [base[index] for index in unchanged], own)
+        return
+    for index, info in zip(unchanged, own, strict=True):
+        if base_infos[index].blake3 != info.blake3:
+            raise IntegrityError(f"tensor {info.name} does not match its checksum: the payload leaves it unchanged")
+
+
 def pack(
     magic: bytes, layout: bytes, fields: Iterable[npt.NDArray[np.generic]], parts: Iterable[bytes | memoryview]
 ) -> bytes:

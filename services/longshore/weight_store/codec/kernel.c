@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "product.h"
 #include "scan.h"
 #include "streams.h"
 #include "tiles.h"
@@ -345,4 +346,11 @@ void ls_fill(contexts *all, const segment *segments, int64_t count, int shift, u
         fill(all, segments, count, (format){4, shift, mask});
     else
         fill(all, segments, count, (format){2, shift, mask});
+}
+
+/* ---- products ---- */
+
+void ls_add_product(const uint8_t *old, uint8_t *new, const float *down, const float *up, int64_t rows, int64_t columns,
+                    int64_t rank, int shift, int width) {
+    add_product(old, new, down, up, rows, columns, rank, shift, width);
 }

@@ -1,4 +1,4 @@
-"""The sparse delta's inner loops, as what they take and give; in C where that was built, else in numpy.
+"""The codecs' inner loops, as what they take and give; in C where that was built, else in numpy.
 
 Both kernels give the same bytes. What the streams mean is told in codes.py and kernel.c.
 """
@@ -20,6 +20,7 @@ Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[Any]
 Rows = npt.NDArray[np.void]
 Bits = npt.NDArray[np.uint64]
+Floats = npt.NDArray[np.float32]
 
 
 def words(width: int, data: Bytes) -> Words:
@@ -102,3 +103,12 @@ class Kernel(Protocol):
         new: Mapping[int, Bytes],
     ) -> Decoder | None:
         """From a section's `old` tensors to `new` ones; None when the streams are not as long as what was read."""
+
+    def add_product(self, form: Format, old: Bytes, down: Floats, up: Floats, new: Bytes) -> None:
+        """Fills `new` with `old` + up x down, rounded as product.h tells, bit for bit.
+
+        Args:
+            old, new: [rows, columns] of the format.
+            down: [rank, columns], contiguous; a rank of at least 1.
+            up: [rows, rank], contiguous.
+        """

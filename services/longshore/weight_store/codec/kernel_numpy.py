@@ -7,9 +7,27 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from longshore.weight_store.codec.codes import EXPONENTS, UNCHANGED, Model
-from longshore.weight_store.codec.kernel import EVENT, FLIP, TABLE, Bits, Bytes, Format, Rows, Scan, Whole, words
+from longshore.weight_store.codec.kernel import (
+    EVENT,
+    FLIP,
+    FORMATS,
+    TABLE,
+    Bits,
+    Bytes,
+    Floats,
+    Format,
+    Rows,
+    Scan,
+    Whole,
+    Words,
+    words,
+)
 from longshore.weight_store.codec.plan import Cut, Flags, Ints, Section, cut, elements
 from longshore.weight_store.codec.streams import FLIPPED, StreamReader, StreamWriter
+
+# Elements of which a product's sums are made at a time.
+_CACHED = 1 << 16
+_NAN = {FORMATS["float32"]: 0x7FC00000, FORMATS["bfloat16"]: 0x7FC0, FORMATS["float16"]: 0x7E00}
 
 
 class NumpyKernel:
@@ -63,6 +81,19 @@ class NumpyKernel:
             changes[label, exponent] = numbers, np.array([by for _, by in rows], np.int64)
         return NumpyDecoder(form, section, model, changes, old, new) if reader.done() else None
 
+    def add_product(self, form: Format, old: Bytes, down: Floats, up: Floats, new: Bytes) -> None:
+        rows, columns = len(up), down.shape[1]
+        before, after = (words(form.width, data).reshape(rows, columns) for data in (old, new))
+        # As many rows at a time as a processor's cache holds.
+        height = max(1, _CACHED // max(1, columns))
+        with np.errstate(all="ignore"):
+            for part in (slice(first, first + height) for first in range(0, rows, height)):
+                sums = np.zeros_like(before[part], np.float32)
+                for number, row in enumerate(down):
+                    sums += up[part, number, None] * row
+                rounded = _rounded(form, _widened(form, before[part]) + sums)
+                after[part] = np.where(sums == 0, before[part], rounded)
+
 
 class NumpyDecoder:
     def __init__(
@@ -111,6 +142,24 @@ class NumpyDecoder:
             by = np.where(flips, steps[due] - FLIPPED, steps[due])
             before = values[places]
             values[places] = ((before & top) ^ (flips * top)) | ((before + by) & (top - 1))
+
+
+def _widened(form: Format, values: Words) -> Floats:
+    if form.width == 4:
+        return values.view(np.float32)
+    if form == FORMATS["float16"]:
+        return values.view(np.float16).astype(np.float32)
+    return (values.astype(np.uint32) << 16).view(np.float32)
+
+
+def _rounded(form: Format, values: Floats) -> Words:
+    """To the nearest, of two the even one; every NaN is the same one."""
+    bits = values.view(np.uint32)
+    if form == FORMATS["float16"]:
+        bits = values.astype(np.float16).view(np.uint16)
+    elif form.width == 2:
+        bits = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), bits.dtype.type(_NAN[form]), bits)
 
 
 def _scan_piece(form: Format, before: Ints, after: Ints, table: np.void) -> Rows:

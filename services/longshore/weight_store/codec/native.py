@@ -14,7 +14,7 @@ from longshore.c_library import LIBRARIES as LIBRARIES
 from longshore.c_library import opened
 from longshore.weight_store.codec import plan
 from longshore.weight_store.codec.codes import EXPONENTS, UNCHANGED, Codes, Model
-from longshore.weight_store.codec.kernel import EVENT, TABLE, Bits, Bytes, Format, Rows, Scan, Whole
+from longshore.weight_store.codec.kernel import EVENT, TABLE, Bits, Bytes, Floats, Format, Rows, Scan, Whole
 from longshore.weight_store.codec.plan import Cut, Section, elements
 
 FOLDER = Path(__file__).parent
@@ -76,6 +76,7 @@ class NativeKernel:
             ("ls_read", i32, (p,)),
             ("ls_start", None, (p, p, i64, p)),
             ("ls_fill", None, (p, p, i64, i32, u32, i32)),
+            ("ls_add_product", None, (p, p, p, p, i64, i64, i64, i32, i32)),
         ):
             function = getattr(self._library, name)
             function.restype, function.argtypes = result, arguments
@@ -193,6 +194,11 @@ class NativeKernel:
         contexts = np.empty(len(counts), _CONTEXTS)
         self._library.ls_start(_address(contexts), _address(counts), len(counts), _address(changes))
         return NativeDecoder(self._library, form, section, model, (contexts, changes), old, new)
+
+    def add_product(self, form: Format, old: Bytes, down: Floats, up: Floats, new: Bytes) -> None:
+        (rank, columns), rows = down.shape, len(up)
+        arrays = (_address(old), _address(new), _address(down), _address(up))
+        self._library.ls_add_product(*arrays, rows, columns, rank, form.shift, form.width)
 
 
 class NativeDecoder:
