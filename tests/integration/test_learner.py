@@ -190,9 +190,16 @@ async def test_a_learner_of_adapters_goes_on_after_a_kill_and_leaves_an_ordinary
         bench.learner.start()
         summary = await bench.finished()
         client = WeightsClient(bench.weights.address, bench.job, bench.key.public_key)
-        published = await client.fetch(8)
+        published, base = await client.fetch(9), await client.fetch(0)
         await client.close()
-    assert summary["steps"] == summary["policy_version"] == 8
+    # Version 0 is the model before the warm start, 1 what that gave; a step that was taken again is its version again.
+    assert (summary["steps"], summary["policy_version"]) == (8, 9)
+    assert {one.name for one, other in zip(base.tensors, published.tensors, strict=True) if one != other} == {
+        f"model.layers.0.{block}_proj.weight"
+        for block in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    }
+    kinds = [path.read_bytes()[:4] for path in bench.run_dir.parent.rglob("blobs/*")]
+    assert kinds.count(b"LSA\x01") >= 4, "every version that is kept came as an adapter"
     saved = load_file(bench.run_dir / "checkpoint" / "model.safetensors")
     assert {tensor.name: tensor.data for tensor in published.tensors} == {
         name: value.numpy().tobytes() for name, value in saved.items()

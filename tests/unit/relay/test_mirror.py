@@ -250,6 +250,19 @@ async def test_who_asks_for_a_version_gets_it_and_several_cause_one_transfer(ben
     assert bench.faults == 0
 
 
+async def test_before_an_adapter_its_base_is_brought_as_a_version_of_its_own(bench: Bench) -> None:
+    (base,) = bench.home.put(signed(0), b"base")
+    adapter = step(7, b"adapter", 0)
+    adapter.encoding.kind = weights_pb2.ENCODING_KIND_ADAPTER
+    bench.home.put(signed(7), b"adapter")
+    told = weights_pb2.GetVersionResponse
+    bench.home.paths[7] = lambda have: told(manifest=signed(7), path=[adapter] if 0 in have else [base, adapter])
+    await asyncio.wait_for(bench.mirror.bring(7), WAIT_S)
+    assert [version for version, _ in bench.site.ahead] == [0, 7]
+    assert bench.site.held == {0: (signed(0), b"base"), 7: (signed(7), b"adapter")}
+    assert bench.site.rebuilt == []
+
+
 async def test_home_answers_with_another_version(bench: Bench) -> None:
     bench.home.put(signed(7), DATA)
     bench.home.paths[8] = bench.home.paths[7]
