@@ -86,7 +86,7 @@ $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
 	@touch $@
 
-BENCHMARKS := queue egress stragglers recovery poison weight_sync learner generation generation_many api
+BENCHMARKS := queue egress stragglers recovery poison weight_sync adapters learner generation generation_many api
 bench: $(VENV)/.models $(VENV)/.bench ## every benchmark, half an hour in all, one after another; QUICK=--quick for five minutes
 	@mkdir -p build/bench
 	@failed=; for name in $(BENCHMARKS); do \
