@@ -12,6 +12,7 @@ from adapted import base_tensors, beside, merged
 from link import Link
 from mirrored_site import MirroredSite
 
+from longshore.errors import IntegrityError
 from longshore.relay import mirror as mirror_module
 from longshore.weight_store import metrics
 from longshore.weight_store.payload import tensor_info
@@ -138,6 +139,21 @@ async def test_a_store_that_lost_the_base_is_sent_it_again(learner: Learner, rea
     # Still as an adapter, and the next one too.
     await learner.adapter(3)
     assert sum(path.read_bytes()[:4] == b"LSA\x01" for path in weights.blobs) == 3
+
+
+async def test_an_adapter_that_went_bad_is_refused_and_the_next_one_is_not(learner: Learner, reader_of: Any) -> None:
+    weights = learner.weights
+    await learner.adapter(1)
+    await weights.stop()
+    (small,) = (path for path in weights.blobs if path.read_bytes()[:4] == b"LSA\x01")
+    small.write_bytes(small.read_bytes()[:-1] + b"\x77")
+    await weights.start()
+    reader = reader_of(weights.address)
+    with pytest.raises(IntegrityError):
+        await asyncio.wait_for(reader.client.fetch(1), WAIT_S)
+    assert (await reader.client.fetch(0)).tensors == tuple(base_tensors())
+    await learner.adapter(2)
+    assert (await reader.until(2)).tensors == tuple(merged(2))
 
 
 async def test_beside_a_base_that_was_never_published_a_version_goes_in_full(learner: Learner, reader_of: Any) -> None:
