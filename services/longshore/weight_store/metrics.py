@@ -43,7 +43,7 @@ BACKGROUND_BYTES = Counter(
 )
 PATHS = Counter(
     "longshore_weights_paths_total",
-    "Ways to a version that were planned, by kind: nothing, delta, merged, adapter, deltas, full, anchored, unreachable",
+    "Ways to a version that were planned: nothing, delta, merged, adapter, deltas, full, anchored, unreachable",
     ["project", "job", "kind"],
 )
 HOST_COPY_BYTES = Gauge("longshore_weights_host_copy_bytes", "Tensors that are held as host copies")
