@@ -17,3 +17,6 @@ fi
 # Wheels come with debug symbols of some tens of MB. What auditwheel has moved about (NAME.libs) must not be stripped, and
 # torch's need not.
 find "$1" -name '*.so*' -type f -not -path '*.libs/*' -not -path '*/torch/*' -exec strip --strip-unneeded {} + 2>/dev/null || true
+# The launcher speaks to Kubernetes in plain values: a class for every kind and call is 70 MB that nobody reads.
+find "$1" \( -path '*/kubernetes/client/*' -o -path '*/kubernetes/aio/client/*' \) \
+    \( -path '*/client/api/*' -o -path '*/client/models/*' \) -name '*.py' -not -name __init__.py -delete

@@ -23,6 +23,7 @@ from longshore.gateway.units import Units
 from longshore.launcher.client import SupervisorClient
 from longshore.launcher.connect import connect_launcher
 from longshore.launcher.fleet import Fleet
+from longshore.launcher.kubernetes.scale import Demand
 from longshore.launcher.plan import Endpoints, JobPaths, plan_job
 from longshore.launcher.spec import ProcessSpec, UnitState, UnitStatus
 from longshore.launcher.worker_sockets import find_workers
@@ -74,9 +75,13 @@ def workers(tmp_path: Path) -> Iterator[Workers]:
         workers.stop()
 
 
+async def _nothing_waits(job: str, project: str, site: str) -> Demand:
+    return Demand(0, 0)
+
+
 @contextlib.asynccontextmanager
 async def followed(sockets: Path) -> AsyncIterator[tuple[Fleet, Units]]:
-    fleet = connect_launcher(f"workers:{sockets}")
+    fleet = connect_launcher(f"workers:{sockets}", _nothing_waits)
     assert isinstance(fleet, Fleet)
     units = Units(fleet)
     following = asyncio.create_task(units.run())

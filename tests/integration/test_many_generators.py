@@ -20,7 +20,7 @@ from processes import Service
 from tiny_llama import canary_logprobs, config_json, published, tiny_model
 from tiny_tokenizer import assets
 
-from longshore.launcher.child import Rules
+from longshore.launcher.deaths import Rules
 from longshore.launcher.plan import Endpoints, JobPaths, plan_job
 from longshore.launcher.probe import probe
 from longshore.launcher.spec import ProcessState, ProcessStatus

@@ -17,8 +17,8 @@ import pytest
 from local_processes import alive, wait_until
 
 from longshore.errors import Conflict, Rejected, Unavailable
-from longshore.launcher.child import Rules
 from longshore.launcher.client import SupervisorClient
+from longshore.launcher.deaths import Rules
 from longshore.launcher.plan import STACK_UNIT
 from longshore.launcher.service import SupervisorService
 from longshore.launcher.spec import ProcessSpec, ProcessState, ProcessStatus, Ready, ReadyKind, UnitState, UnitStatus

@@ -18,7 +18,8 @@ class GatewaySettings(ProcessSettings, BrokerSettings):
     state_dir: Path = Field(description="jobs' signing keys are kept in here")
     weights: str = Field(description="address of the weight store")
     supervisor: str = Field(
-        description="what runs jobs: a supervisor's address, or workers:FOLDER with the sockets of waiting workers"
+        description="what runs jobs: a supervisor's address, workers:FOLDER with the sockets of waiting workers, or "
+        "kubernetes:FILE with the clusters"
     )
     api_key_file: Path = Field(description="file with the root key: role admin, of every project")
     jobs_since: float = Field(0.0, ge=0, description="Unix seconds; jobs created earlier are left alone")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
-from collections.abc import Sequence
 
 from redis.asyncio import Redis
 
@@ -23,7 +21,8 @@ from longshore.gateway.jobs import CHECK_TIMEOUT_S, Jobs, Places
 from longshore.gateway.keys import rotate_key
 from longshore.gateway.oidc import Issuer, Tokens
 from longshore.gateway.places import Limits
-from longshore.gateway.prepare import job_paths, prepare
+from longshore.gateway.plans import Planner
+from longshore.gateway.prepare import job_paths
 from longshore.gateway.projects import Projects
 from longshore.gateway.reconcile import Reconciler
 from longshore.gateway.rollout_views import Rollouts
@@ -33,11 +32,7 @@ from longshore.gateway.store import Job, JobStore
 from longshore.gateway.units import Units
 from longshore.gateway.version_routes import Rotate
 from longshore.gateway.versions import Versions
-from longshore.launcher.broker_server import site_brokers
-from longshore.launcher.connect import WORKERS, connect_launcher
-from longshore.launcher.interpreter import generator_python
-from longshore.launcher.plan import Endpoints, JobPaths, plan_job
-from longshore.launcher.spec import ProcessSpec
+from longshore.launcher.plan import JobPaths
 from longshore.rollout_queue import broker
 from longshore.rollout_queue.channel import JobChannel
 from longshore.rollout_queue.site_users import SiteUsers
@@ -46,7 +41,6 @@ from longshore.rpc.http_server import serve_http
 from longshore.rpc.process import run_process
 from longshore.rpc.server import RpcServer
 from longshore.types import JobRef
-from longshore.weights.client import WeightsClient
 
 
 async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
@@ -150,29 +144,13 @@ def _rotation(settings: GatewaySettings) -> Rotate:
 def _parts(
     settings: GatewaySettings, store: JobStore, client: Redis, books: Books, resources: contextlib.AsyncExitStack
 ) -> Parts:
-    launcher = connect_launcher(settings.supervisor)
-    resources.push_async_callback(launcher.close)
-    endpoints = Endpoints(settings.broker_url, settings.weights)
-
-    async def prepare_job(job: Job) -> Sequence[ProcessSpec]:
-        paths = _paths(settings, job.id)
-        file = await asyncio.to_thread(prepare, job, paths)
-        # A worker runs what it was made with: its image has vLLM, or has not.
-        python = sys.executable if settings.supervisor.startswith(WORKERS) else generator_python(file.spec)
-        weights = WeightsClient(settings.weights, file.ref, bytes.fromhex(file.learner_public_key))
-        try:
-            await weights.register_key(file.spec.weights.keep)
-        finally:
-            await weights.close()
-        sites = [site.name for site in file.spec.sites]
-        brokers = await asyncio.to_thread(site_brokers, sites, paths, settings.supervisor)
-        return plan_job(file, endpoints, paths, brokers, python)
-
+    planner = Planner(settings, client)
+    resources.push_async_callback(planner.close)
     return Parts(
         store=store,
-        launcher=launcher,
-        units=Units(launcher),
-        prepare=prepare_job,
+        launcher=planner.launcher,
+        units=Units(planner.launcher),
+        prepare=planner.plan,
         channel=lambda job: JobChannel(client, JobRef(job.project, job.id)),
         forget=books.close,
     )

@@ -20,10 +20,15 @@ def last_words(log_path: Path) -> str:
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
+    return gist(text)
+
+
+def gist(text: str) -> str:
+    """The same of a log's end that has been read already."""
     # Exception groups are drawn with bars and rules, which say nothing.
     lines = [line for line in text.splitlines() if any(character.isalnum() for character in line)]
-    gist = _gist(lines) if lines else ""
-    return gist if len(gist) <= _MAX_CHARACTERS else gist[: _MAX_CHARACTERS - 3] + "..."
+    found = _gist(lines) if lines else ""
+    return found if len(found) <= _MAX_CHARACTERS else found[: _MAX_CHARACTERS - 3] + "..."
 
 
 def _gist(lines: list[str]) -> str:

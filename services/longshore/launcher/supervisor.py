@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Sequence
 import structlog
 
 from longshore.errors import Conflict
-from longshore.launcher.child import Child, Probe, Rules
+from longshore.launcher.child import Child, Probe
+from longshore.launcher.deaths import Rules
 from longshore.launcher.ports import PortReservations
 from longshore.launcher.spec import ProcessSpec, ProcessState, Ready, UnitState, UnitStatus
 

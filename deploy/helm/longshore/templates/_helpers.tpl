@@ -27,7 +27,7 @@ annotations: {{- toYaml . | nindent 2 }}
 
 {{/* What every pod has: (dict "root" $ "settings" .Values.broker) */}}
 {{- define "longshore.podSpec" -}}
-serviceAccountName: {{ include "longshore.fullname" .root }}
+serviceAccountName: {{ .account | default (include "longshore.fullname" .root) }}
 automountServiceAccountToken: false
 securityContext: {{- toYaml (mergeOverwrite (deepCopy .root.Values.podSecurityContext) (deepCopy (.settings.podSecurityContext | default dict))) | nindent 2 }}
 {{- with .root.Values.imagePullSecrets }}
@@ -136,9 +136,52 @@ livenessProbe:
 {{- define "longshore.claim" -}}
 - metadata: {name: {{ .name }}}
   spec:
-    accessModes: [ReadWriteOnce]
+    accessModes: {{ .persistence.accessModes | default (list "ReadWriteOnce") | toJson }}
     {{- with .persistence.storageClass }}
     storageClassName: {{ . }}
     {{- end }}
     resources: {requests: {storage: {{ .persistence.size }}}}
+{{- end }}
+
+{{/* Names of the certificate: what the release listens as, and the Services of jobs' pods. */}}
+{{- define "longshore.tlsNames" -}}
+- localhost
+{{- range $service := list "weights" "relay" "generator" "verifier" "actor" }}
+- {{ include "longshore.fullname" $ }}-{{ $service }}
+- {{ include "longshore.fullname" $ }}-{{ $service }}.{{ $.Release.Namespace }}.svc
+{{- end }}
+{{- if eq .Values.launcher.kind "kubernetes" }}
+- "*.{{ .Release.Namespace }}.svc"
+{{- end }}
+{{- range .Values.tls.extraNames }}
+- {{ . | quote }}
+{{- end }}
+{{- end }}
+
+{{/* The launcher's file: what the release knows itself, with launcher.home and launcher.clusters laid over it. */}}
+{{- define "longshore.clusters" -}}
+{{- $name := include "longshore.fullname" . }}
+{{- $claim := .Values.home.persistence.existingClaim | default (printf "data-%s-home-0" $name) }}
+{{- $home := dict
+  "namespace" .Release.Namespace
+  "release" .Release.Name
+  "owner" (dict "name" (printf "%s-home" $name))
+  "serviceAccount" $name
+  "tlsSecret" (include "longshore.tlsSecret" .)
+  "priorityClassName" .Values.priorityClassName
+  "networkPolicy" .Values.networkPolicy.enabled
+  "objectStoreSecret" .Values.objectStore.existingSecret
+  "weights" (printf "%s-weights.%s.svc:%v" $name .Release.Namespace .Values.weights.service.port)
+  "homeClaim" $claim
+  "dataClaim" .Values.home.dataClaim
+  "learnerBesideHome" (not (has "ReadWriteMany" .Values.home.persistence.accessModes)) }}
+{{- $pulls := list }}
+{{- range .Values.imagePullSecrets }}{{ $pulls = append $pulls .name }}{{ end }}
+{{- $_ := set $home "imagePullSecrets" $pulls }}
+{{- $clusters := dict "home" (mergeOverwrite $home (deepCopy .Values.launcher.home)) }}
+{{- range $site, $cluster := .Values.launcher.clusters }}
+{{- $_ := set $clusters $site $cluster }}
+{{- end }}
+{{- $image := dict "prefix" .Values.image.prefix "tag" (.Values.image.tag | default .Chart.AppVersion) "pullPolicy" .Values.image.pullPolicy "broker" .Values.broker.image }}
+{{- toYaml (dict "image" $image "logLevel" .Values.logLevel "clusters" $clusters) }}
 {{- end }}
