@@ -8,13 +8,15 @@ with an address of its own that address, of a headless one the addresses of the 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from socketserver import BaseRequestHandler, StreamRequestHandler, ThreadingTCPServer
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -72,34 +74,57 @@ def kubectl(kubeconfig: Path, *arguments: str) -> dict[str, Any] | None:
     return json.loads(done.stdout) if done.returncode == 0 else None
 
 
-class _Forward(StreamRequestHandler):
+class _Forward(BaseRequestHandler):
     """Bytes both ways between a pod and the API server."""
 
     target: tuple[str, int]
 
     def handle(self) -> None:
-        import socket
-
         with socket.create_connection(self.target) as far:
-            back = threading.Thread(target=self._copy, args=(far, self.request), daemon=True)
+            self.server.connections += [far, self.request]  # type: ignore[attr-defined]
+            back = threading.Thread(target=_copy, args=(far, self.request), daemon=True)
             back.start()
-            self._copy(self.request, far)
+            _copy(self.request, far)
             back.join(5)
 
-    @staticmethod
-    def _copy(source: Any, target: Any) -> None:
-        import contextlib
-        import socket
 
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
 
 
 class _Server(ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseRequestHandler]) -> None:
+        super().__init__(address, handler)
+        self.connections: list[socket.socket] = []
+
+
+class Way:
+    """A way to a server that can be closed and opened again."""
+
+    def __init__(self, host: str, target: tuple[str, int], port: int = 0) -> None:
+        self.port = port
+        self._host = host
+        self._handler: type[BaseRequestHandler] = type("Forward", (_Forward,), {"target": target})
+        self.open()
+
+    def open(self) -> None:
+        self._server = _Server((self._host, self.port), self._handler)
+        self.port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the connections that there are, too."""
+        self._server.shutdown()
+        self._server.server_close()
+        for connection in self._server.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def api_server(kubeconfig: Path) -> tuple[str, int]:
@@ -109,14 +134,11 @@ def api_server(kubeconfig: Path) -> tuple[str, int]:
 
 
 def start(kubeconfig: Path, address: str) -> list[Any]:
-    """Starts both in threads; each has a `shutdown` or a `stop`."""
+    """Starts both in threads."""
     names = DNSServer(Names(kubeconfig), address=address, port=53)
     names.start_thread()
     target = api_server(kubeconfig)
-    handler: type[BaseRequestHandler] = type("Forward", (_Forward,), {"target": target})
-    forward = _Server((address, target[1]), handler)
-    threading.Thread(target=forward.serve_forever, daemon=True).start()
-    return [names, forward]
+    return [names, Way(address, target, target[1])]
 
 
 if __name__ == "__main__":

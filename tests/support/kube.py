@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from longshore.config import JobSpec
-from longshore.errors import Rejected, Unavailable
+from longshore.errors import Rejected
 from longshore.launcher.kubernetes.cluster_settings import KubernetesSettings
 from longshore.launcher.kubernetes.site_brokers import cluster_brokers
 from longshore.launcher.kubernetes.wanted import JobTexts, Manifest, SiteWork, site_work
+from longshore.launcher.kubernetes.watcher import NoAnswer
 from longshore.launcher.plan import Endpoints, JobPaths, plan_job
 from longshore.launcher.spec import ProcessSpec
 from longshore.settings import JobFile
@@ -121,7 +122,7 @@ class MemoryCluster:
 
     def _reach(self) -> None:
         if self.down:
-            raise Unavailable("the cluster does not answer")
+            raise NoAnswer("the cluster does not answer")
 
     def _collect(self) -> None:
         while True:

@@ -70,7 +70,7 @@ def test_peers_know_each_other_by_their_services(tmp_path: Path) -> None:
         spec = found["Service", f"ls-j-1-{service}"]["spec"]
         labels = found["Deployment", f"ls-j-1-{service}"]["spec"]["template"]["metadata"]["labels"]
         assert spec["selector"].items() <= labels.items()
-        assert {"name": "grpc", "port": 7443} in spec["ports"]
+        assert {"name": "grpc", "port": 7443, "protocol": "TCP"} in spec["ports"]
     # Nothing of one machine is left.
     for service in ("learner", "generator", "verifier", "actor"):
         text = str(told(pod_of(found, service)))

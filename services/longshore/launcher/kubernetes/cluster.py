@@ -19,6 +19,7 @@ from kubernetes.aio import config as k8s_config
 from longshore.errors import ConfigError, Rejected, Unavailable
 from longshore.launcher.kubernetes.cluster_settings import ClusterSettings
 from longshore.launcher.kubernetes.wanted import MANAGER, Manifest
+from longshore.launcher.kubernetes.watcher import NoAnswer
 
 log = structlog.get_logger()
 
@@ -43,6 +44,8 @@ _PLURALS = {
 }
 _GONE, _CONFLICT, _UNAUTHORIZED = 404, 409, 401
 _REFUSED = frozenset({400, 413, 422})
+# Older API servers call it their own fault that an applied object can't be read.
+_MISSHAPEN = re.compile(r"failed to (create typed patch|convert new) object")
 _NAME = re.compile(r"^[A-Za-z0-9.-]+$")
 
 
@@ -152,7 +155,7 @@ class Cluster:
             data: bytes = await answer.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             await self.close()
-            raise Unavailable(f"cluster {self.name} does not answer: {error or type(error).__name__}") from None
+            raise NoAnswer(f"cluster {self.name} does not answer: {error or type(error).__name__}") from None
         text = data.decode("utf-8", errors="replace")
         if answer.status >= 300:
             await self._raise(answer.status, method, path, _reason(text))
@@ -161,7 +164,7 @@ class Cluster:
     async def _raise(self, status: int, method: str, path: str, reason: str) -> None:
         if status == _GONE:
             raise _Missing(reason)
-        if status in _REFUSED:
+        if status in _REFUSED or _MISSHAPEN.match(reason):
             raise Rejected("cluster", f"cluster {self.name} refuses {path.rpartition('/')[2]}: {reason}")
         if status == _UNAUTHORIZED:
             # A token that has run out: the next call reads the credentials anew.
@@ -184,7 +187,7 @@ class Cluster:
                 self._client = k8s.ApiClient(configuration=configuration)
             except (k8s_config.ConfigException, OSError, ValueError) as error:
                 # A secret may be mounted late, or be mended: it is read again at the next look.
-                raise Unavailable(f"cluster {self.name}: its credentials cannot be used: {error}") from None
+                raise NoAnswer(f"cluster {self.name}: its credentials cannot be used: {error}") from None
         return self._client
 
 

@@ -18,7 +18,8 @@ from longshore.documents import MAX_BYTES, parse_yaml
 from longshore.errors import ConfigError
 
 Strings = dict[str, str]
-Quantities = dict[str, str | int]
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi|E|Ei)?$")]
+Quantities = dict[str, Quantity | int]
 _LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 # What a job has pods of. A broker and a relay are those of rollout sites.
 Service = Literal["actor", "broker", "generator", "learner", "relay", "verifier"]
@@ -79,7 +80,7 @@ class GpuSettings(_Part):
 class StorageSettings(_Part):
     """The volume of a site's broker, and of its relay's spool and weights."""
 
-    size: str = Field("20Gi", pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi)?$")
+    size: Quantity = "20Gi"
     storage_class: str = ""
 
 

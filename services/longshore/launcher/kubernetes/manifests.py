@@ -198,11 +198,15 @@ def _scraped(service: str) -> dict[str, str]:
 
 def _service(service: Service, work: SiteWork) -> list[Manifest]:
     """By what a service's pods are found; of several a client sees each."""
+    # An applied port is told from others by its protocol too, which older API servers do not add by themselves.
     ports: dict[str, list[dict[str, Any]]] = {
-        "generator": [{"name": "grpc", "port": GRPC_PORT}, {"name": "openai", "port": OPENAI_PORT}],
-        "verifier": [{"name": "grpc", "port": GRPC_PORT}],
-        "relay": [{"name": "grpc", "port": GRPC_PORT}],
-        "broker": [{"name": "redis", "port": BROKER_PORT}],
+        "generator": [
+            {"name": "grpc", "port": GRPC_PORT, "protocol": "TCP"},
+            {"name": "openai", "port": OPENAI_PORT, "protocol": "TCP"},
+        ],
+        "verifier": [{"name": "grpc", "port": GRPC_PORT, "protocol": "TCP"}],
+        "relay": [{"name": "grpc", "port": GRPC_PORT, "protocol": "TCP"}],
+        "broker": [{"name": "redis", "port": BROKER_PORT, "protocol": "TCP"}],
     }
     if service not in ports:
         return []

@@ -180,8 +180,15 @@ def _beside_home(cluster: ClusterSettings) -> Manifest:
 
 
 def _ports(service: Service) -> list[Manifest]:
-    ports = [{"name": "grpc", "containerPort": GRPC_PORT}, {"name": "metrics", "containerPort": METRICS_PORT}]
-    return [*ports, {"name": "openai", "containerPort": OPENAI_PORT}] if service == "generator" else ports
+    ports = [
+        {"name": "grpc", "containerPort": GRPC_PORT, "protocol": "TCP"},
+        {"name": "metrics", "containerPort": METRICS_PORT, "protocol": "TCP"},
+    ]
+    return (
+        [*ports, {"name": "openai", "containerPort": OPENAI_PORT, "protocol": "TCP"}]
+        if service == "generator"
+        else ports
+    )
 
 
 def _probes() -> Manifest:
@@ -260,7 +267,7 @@ def _broker(cluster: ClusterSettings, images: ImageSettings) -> dict[str, Any]:
         "image": images.broker,
         "imagePullPolicy": images.pull_policy,
         "command": ["valkey-server", "/run/secrets/broker/broker.conf"],
-        "ports": [{"name": "redis", "containerPort": BROKER_PORT}],
+        "ports": [{"name": "redis", "containerPort": BROKER_PORT, "protocol": "TCP"}],
         "startupProbe": {"tcpSocket": {"port": "redis"}, "periodSeconds": 2, "failureThreshold": 150},
         # While it reads its file back it answers that it is loading.
         "readinessProbe": {

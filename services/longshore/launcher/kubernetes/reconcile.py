@@ -8,6 +8,8 @@ nothing where nothing differs.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -21,6 +23,8 @@ REPLACED = frozenset({"Job", "JobSet"})
 KEPT = frozenset({"PersistentVolumeClaim"})
 # What the launcher looks at and does not make.
 _OBSERVED = frozenset({"Pod"})
+# Parts of an object that say how it is, or where it is kept.
+_PASSING = frozenset({"apiVersion", "kind", "metadata", "status"})
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Mark:
     """What an object looked like after our last apply: another mark means that somebody else wrote to it."""
 
     uid: str
-    version: str
+    content: str
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,11 @@ def key_of(manifest: Manifest) -> Key:
 
 
 def mark_of(seen: Manifest) -> Mark:
-    """An object's generation counts changes of its spec; what has none changes by being written alone."""
+    """Of all that an object shall be, and nothing of what it is like at the moment."""
     meta = seen["metadata"]
-    return Mark(meta["uid"], str(meta.get("generation") or meta["resourceVersion"]))
+    lasting: Manifest = {name: value for name, value in seen.items() if name not in _PASSING}
+    lasting |= {name: meta.get(name) for name in ("labels", "ownerReferences")}
+    return Mark(meta["uid"], hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest())
 
 
 def acts(

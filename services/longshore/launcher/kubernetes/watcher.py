@@ -57,6 +57,10 @@ _WHERE_KNOWN = [(_JOBSET, "JobSet"), (KEDA, "ScaledObject"), (KEDA, "TriggerAuth
 Lag = Callable[[str, str, str], Awaitable[Demand]]
 
 
+class NoAnswer(Unavailable):
+    """A cluster did not answer at all: nothing else need be asked of it now."""
+
+
 class ClusterApi(Protocol):
     """One cluster's API, as Cluster gives it; every method raises Unavailable while it is away."""
 
@@ -254,6 +258,12 @@ class ClusterWatcher:
                 self._marks[key] = mark_of(await self._cluster.apply(manifest))
             except Rejected as error:
                 self._refuse(manifest, str(error))
+                continue
+            except NoAnswer:
+                raise
+            except Unavailable as error:
+                # One object that can't be made now must not hold up the others, nor other jobs.
+                log.warning("not applied", cluster=self.site, kind=key[0], name=key[1], reason=str(error))
                 continue
             metrics.ACTS.labels(self.site, "apply", key[0]).inc()
             log.info("applied", cluster=self.site, kind=key[0], name=key[1], again=key in seen)
