@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/longshore/proto/v1/*.proto)
 
-.PHONY: help demo smollm2 vllm test test-vllm test-api test-chaos test-deploy test-compose compose-secrets bench test-quick check proto proto-check openapi openapi-check lint types imports clean
+.PHONY: help demo smollm2 vllm test test-vllm test-api test-chaos test-deploy test-compose test-cluster compose-secrets bench test-quick check proto proto-check openapi openapi-check lint types imports clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,6 +80,11 @@ test-deploy: $(VENV)/.deploy ## the Helm chart and Prometheus's files; wants hel
 test-compose: $(VENV)/.dev ## images, and a job on docker-compose.yml with things killed; wants a Docker engine and half an hour
 	$(BIN)/python -m pip download --quiet --no-deps --constraint constraints.txt --dest deploy/docker/wheels torch
 	$(BIN)/python -m pytest tests/compose --timeout 3600
+
+# LONGSHORE_TEST_KUBECONFIG and _WEST name the clusters; tests/cluster/conftest.py tells the rest.
+test-cluster: $(VENV)/.deploy ## the chart and the Kubernetes launcher on two real clusters; wants helm, kubectl and an hour
+	$(BIN)/python -m pip download --quiet --no-deps --constraint constraints.txt --dest deploy/docker/wheels torch
+	$(BIN)/python -m pytest tests/cluster --timeout 7200
 
 # What benchmarks compare with, and nothing else needs.
 $(VENV)/.bench: $(VENV)/.dev

@@ -14,6 +14,7 @@ from longshore.launcher.kubernetes.manifests import Around, manifests
 from longshore.launcher.kubernetes.wanted import Manifest
 
 TWO_SITES: dict[str, Any] = {"sites": [{"name": "west", "actors": 3}], "resources": {"actors": 2, "generators": 2}}
+HOME_TEXT = "image: {tag: a}\nclusters:\n  home: {namespace: a, tlsSecret: b, weights: 'w:1', homeClaim: c}\n"
 NOTHING_AROUND = Around()
 ANCHOR = {"apiVersion": "v1", "kind": "ConfigMap", "name": "ls-j-1", "uid": "u"}
 
@@ -96,6 +97,18 @@ def test_a_rollout_site_has_a_broker_and_a_relay_which_alone_knows_the_way_home(
     assert secret["longshore_broker_url"].endswith(f"@{name}-broker.rollouts.svc:6379/0")
     assert f"requirepass {secret['broker_password']}\n" in secret["broker.conf"]
     assert "secret" not in secret["longshore_broker_url"]
+
+
+def test_a_site_that_has_joined_shows_its_credential(tmp_path: Path) -> None:
+    joined = {"siteSecret": "west-site", "homeWeights": "", "homeBrokerSecret": ""}
+    found = made(tmp_path, "west", west=joined)
+    for service in ("broker", "relay", "generator", "verifier", "actor"):
+        assert ("west-site" in str(pod_of(found, service))) == (service == "relay"), service
+    relay = told(pod_of(found, "relay"))
+    assert relay["LONGSHORE_SITE_FILE"] == "/run/secrets/site/site.json"
+    # The file says where home is.
+    assert "LONGSHORE_HOME_WEIGHTS" not in relay
+    assert "longshore_home_broker_url" not in str(pod_of(found, "relay"))
 
 
 def test_no_secret_is_in_an_environment_and_a_service_sees_what_it_needs(tmp_path: Path) -> None:
@@ -216,6 +229,7 @@ def test_names_fit_whatever_a_job_is_called(tmp_path: Path) -> None:
         ("image: {tag: a}\nclusters: {home: {namespace: a, tlsSecret: b}}\n", "set weights and homeClaim"),
         ("image: {tag: a}\nclusters: {home: {namespce: a}}\n", "clusters.home.namespce"),
         ("image: {tag: a}\nclusters: {home: {services: {actr: {}}}}\n", "actr"),
+        (f"{HOME_TEXT}  west: {{namespace: a, tlsSecret: b}}\n", "homeBrokerSecret, or siteSecret in their place"),
         ("[", "is not YAML"),
     ],
 )

@@ -18,6 +18,7 @@ from kubernetes.aio import config as k8s_config
 
 from longshore.errors import ConfigError, Rejected, Unavailable
 from longshore.launcher.kubernetes.cluster_settings import ClusterSettings
+from longshore.launcher.kubernetes.reconcile import REPLACED
 from longshore.launcher.kubernetes.wanted import MANAGER, Manifest
 from longshore.launcher.kubernetes.watcher import NoAnswer
 
@@ -96,8 +97,12 @@ class Cluster:
         return await self._call("PATCH", path, query, manifest, "application/apply-patch+yaml")
 
     async def delete(self, api_version: str, kind: str, name: str) -> None:
-        """Has an object and what it owns go; what has gone already is no fault."""
-        body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
+        """Has an object and what it owns go; what has gone already is no fault.
+
+        What is made anew under its name stays until its pods have gone: there must not be two learners.
+        """
+        how = "Foreground" if kind in REPLACED else "Background"
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": how}
         try:
             await self._call("DELETE", f"{self._path(api_version, kind)}/{_checked(name)}", {}, body)
         except _Missing:

@@ -124,7 +124,8 @@ class ClusterSettings(_Part):
     learner_beside_home: bool = Field(
         False, description="the learner runs on the node of the home's pod: for a claim that one node alone can mount"
     )
-    # Rollout sites alone.
+    # Rollout sites alone: what `longshore site join` wrote, or where home is.
+    site_secret: str = Field("", description="secret with the key site.json")
     home_weights: str = Field("", description="host:port of the home's weight store, as this cluster reaches it")
     home_broker_secret: str = Field("", description="secret with the key longshore_home_broker_url")
 
@@ -154,9 +155,12 @@ class KubernetesSettings(_Part):
             raise ValueError(f"clusters: one must be named {HOME_SITE}")
         for name, cluster in self.clusters.items():
             needed = ("weights", "home_claim") if name == HOME_SITE else ("home_weights", "home_broker_secret")
+            if name != HOME_SITE and cluster.site_secret:
+                continue
             missing = [to_camel(field) for field in needed if not getattr(cluster, field)]
             if missing:
-                raise ValueError(f"clusters.{name}: set {' and '.join(missing)}")
+                instead = "" if name == HOME_SITE else ", or siteSecret in their place"
+                raise ValueError(f"clusters.{name}: set {' and '.join(missing)}{instead}")
         return self
 
     @property

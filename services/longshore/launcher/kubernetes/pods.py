@@ -21,6 +21,7 @@ from longshore.launcher.spec import ProcessSpec
 USER = 10001
 BROKER_USER = 999
 _SECRETS, _TLS, _JOB = "/run/secrets/longshore", "/run/secrets/tls", "/etc/longshore"
+_SITE = "/run/secrets/site"
 _FILES = "/var/lib/longshore/data"
 _SPOOL, _WEIGHTS = "/var/lib/longshore/spool", "/var/lib/longshore/weights"
 _PEER = re.compile(re.escape(LOOPBACK) + r":\$\{PORT:([A-Za-z0-9_.-]+)\.grpc\}")
@@ -97,6 +98,9 @@ def settings(service: Service, work: SiteWork, cluster: ClusterSettings) -> dict
     told |= {name: value for name, value in moved.items() if name in told}
     if "LONGSHORE_OPENAI_LISTEN" in told:
         told |= {"LONGSHORE_OPENAI_TLS_CERT": f"{_TLS}/tls.crt", "LONGSHORE_OPENAI_TLS_KEY": f"{_TLS}/tls.key"}
+    if service == "relay" and cluster.site_secret:
+        told.pop("LONGSHORE_HOME_WEIGHTS", None)
+        told["LONGSHORE_SITE_FILE"] = f"{_SITE}/site.json"
     told = {name: _addresses(value, work, cluster) for name, value in told.items()}
     return told | cluster.of(service).env
 
@@ -212,6 +216,8 @@ def _mounts(service: Service, work: SiteWork, cluster: ClusterSettings) -> list[
         mounts.append({"name": "data", "mountPath": _SPOOL, "subPath": "spool"})
     if service == "relay":
         mounts.append({"name": "data", "mountPath": _WEIGHTS, "subPath": "weights"})
+    if service == "relay" and cluster.site_secret:
+        mounts.append({"name": "site", "mountPath": _SITE, "readOnly": True})
     if service == "learner":
         env = work.processes[service][0].env
         keys = str(PurePosixPath(env["LONGSHORE_SIGNING_KEY_FILE"]).parent)
@@ -239,6 +245,10 @@ def _volumes(service: Service, work: SiteWork, cluster: ClusterSettings) -> list
     elif service in ("actor", "relay"):
         # An actor's outlives its containers, not its pod: then its tickets are attempted anew.
         volumes.append({"name": "data", "emptyDir": {"sizeLimit": "20Gi" if service == "relay" else "2Gi"}})
+    if service == "relay" and cluster.site_secret:
+        credential = {"key": "site.json", "path": "site.json"}
+        secret = {"secretName": cluster.site_secret, "items": [credential], "defaultMode": 0o440}
+        volumes.append({"name": "site", "secret": secret})
     if cluster.data_claim and service != "relay":
         claim = {"claimName": cluster.data_claim, "readOnly": True}
         volumes.append({"name": "files", "persistentVolumeClaim": claim})
@@ -254,7 +264,7 @@ def _secrets(service: Service, work: SiteWork, cluster: ClusterSettings) -> Mani
     if not items:
         return {"name": "secrets", "emptyDir": {"sizeLimit": "1Mi"}}
     sources: list[Manifest] = [{"secret": {"name": work.base, "items": items}}]
-    if service == "relay":
+    if service == "relay" and not cluster.site_secret:
         home = {"key": "longshore_home_broker_url", "path": "longshore_home_broker_url"}
         sources.append({"secret": {"name": cluster.home_broker_secret, "items": [home]}})
     return {"name": "secrets", "projected": {"defaultMode": 0o440, "sources": sources}}
