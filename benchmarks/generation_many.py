@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,14 @@ ENGINE = rollout_pb2.EngineFingerprint(engine="simulated", engine_version="1", d
 @dataclass(eq=False)
 class _Running:
     left: int
+    # Its stream's: something is to be told.
+    ready: asyncio.Event
     # Drawn and not sent, since when, and in all.
     drawn: int = 0
     since: float = 0.0
     total: int = 0
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    is_due: bool = False
+    is_new: bool = True
 
 
 class SimulatedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
@@ -108,6 +111,7 @@ class SimulatedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
                 if not running.left:
                     del self._requests[running]
                 if running.drawn >= EVENT_TOKENS or due >= running.since + EVENT_S or not running.left:
+                    running.is_due = True
                     running.ready.set()
 
     async def GetStatus(self, request: Any, context: Any) -> generator_pb2.GetStatusResponse:  # noqa: N802
@@ -121,28 +125,52 @@ class SimulatedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
             kv_used_ratio=running / SLOTS,
         )
 
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[generator_pb2.GenerateResponse]:  # noqa: N802
-        # What is left of a reply is as long as a reply: close enough, and the engine need not know of the other.
-        mu = math.log(MEAN_TOKENS) - SIGMA**2 / 2
-        length = min(request.sampling.max_new_tokens, max(1, round(self._random.lognormvariate(mu, SIGMA))))
-        running = _Running(length)
-        self._requests[running] = None
+    async def Generate(self, messages: Any, context: Any) -> AsyncIterator[generator_pb2.GenerateResponse]:  # noqa: N802
+        ours: dict[int, _Running] = {}
+        ready = asyncio.Event()
+        reading = asyncio.create_task(self._read(messages, ours, ready))
         try:
-            first = True
-            while running.left or running.drawn:
-                await running.ready.wait()
-                running.ready.clear()
-                drawn, running.drawn = running.drawn, 0
-                yield generator_pb2.GenerateResponse(
-                    token_ids=[7] * drawn,
-                    logprobs=[-0.5] * drawn,
-                    kv=rollout_pb2.KV_MARK_RECOMPUTED,
-                    finish=rollout_pb2.FINISH_REASON_UNSPECIFIED if running.left else rollout_pb2.FINISH_REASON_STOP,
-                    engine=ENGINE if first else None,
-                )
-                first = False
+            while True:
+                await ready.wait()
+                ready.clear()
+                events = [_event(call, ours.pop(call) if not ours[call].left else ours[call]) for call in _due(ours)]
+                if events:
+                    yield generator_pb2.GenerateResponse(events=events)
         finally:
-            self._requests.pop(running, None)
+            reading.cancel()
+            for running in ours.values():
+                self._requests.pop(running, None)
+
+    async def _read(self, messages: Any, ours: dict[int, _Running], ready: asyncio.Event) -> None:
+        mu = math.log(MEAN_TOKENS) - SIGMA**2 / 2
+        async for message in messages:
+            for call in message.cancelled:
+                running = ours.pop(call, None)
+                if running is not None:
+                    self._requests.pop(running, None)
+            for request in message.requests:
+                # What is left of a reply is as long as a reply: close enough; the engine need not know of the other.
+                length = max(1, round(self._random.lognormvariate(mu, SIGMA)))
+                running = _Running(min(request.sampling.max_new_tokens, length), ready)
+                ours[request.call] = running
+                self._requests[running] = None
+
+
+def _due(ours: dict[int, _Running]) -> list[int]:
+    return [call for call, running in ours.items() if running.is_due]
+
+
+def _event(call: int, running: _Running) -> generator_pb2.ReplyEvent:
+    drawn, running.drawn, running.is_due = running.drawn, 0, False
+    is_first, running.is_new = running.is_new, False
+    return generator_pb2.ReplyEvent(
+        call=call,
+        token_ids=[7] * drawn,
+        logprobs=[-0.5] * drawn,
+        kv=rollout_pb2.KV_MARK_RECOMPUTED,
+        finish=rollout_pb2.FINISH_REASON_UNSPECIFIED if running.left else rollout_pb2.FINISH_REASON_STOP,
+        engine=ENGINE if is_first else None,
+    )
 
 
 class Actor:

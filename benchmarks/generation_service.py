@@ -22,6 +22,7 @@ import grpc.aio
 from benchmarks.common import Report
 from benchmarks.generation_models import CANARY, Load, config_of, learner_logprobs, load_model, prompts
 from benchmarks.weight_sync_wan import Talker, wait_for
+from longshore.actor.asking import Asking
 from longshore.proto.v1 import generator_pb2, generator_pb2_grpc, sampling_pb2
 from longshore.rpc import convert
 from longshore.settings import JobFile
@@ -106,15 +107,17 @@ class World:
 
 
 class Callers:
-    """Clients of a generator on one channel."""
+    """Clients of a generator over an actor's stream to it."""
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.aio.insecure_channel(address)
+        self._asking = Asking(self._channel, convert.job_to_proto(JOB))
         self._stub = generator_pb2_grpc.GeneratorServiceStub(self._channel)
         self._serial = 0
         self._tokens = 0
 
     async def close(self) -> None:
+        await self._asking.close()
         await self._channel.close()
 
     async def until_served(self) -> None:
@@ -153,13 +156,12 @@ class Callers:
 
     async def _reply(self, prompt: tuple[int, ...], tokens: int) -> None:
         self._serial += 1
-        request = generator_pb2.GenerateRequest(
-            job=convert.job_to_proto(JOB),
+        request = generator_pb2.ReplyRequest(
             request_id=str(self._serial),
             token_ids=prompt,
             sampling=sampling_pb2.SamplingParams(temperature=1.0, max_new_tokens=tokens),
         )
-        async for event in self._stub.Generate(request, timeout=START_S):
+        async for event in self._asking.reply(request, START_S):
             self._tokens += len(event.token_ids)
 
 

@@ -27,6 +27,7 @@ import grpc.aio
 from benchmarks.common import Report
 from benchmarks.weight_sync_far import JOB, say
 from benchmarks.weight_sync_wan import Talker, wait_for
+from longshore.actor.asking import Asking
 from longshore.proto.v1 import generator_pb2, generator_pb2_grpc, sampling_pb2
 from longshore.rpc import convert
 from longshore.settings import JobFile
@@ -37,6 +38,7 @@ STREAMS = 32
 REPLY_TOKENS = 48
 PROMPT_TOKENS = 24
 SYNC_S = 2.0
+REPLY_TIMEOUT_S = 300.0
 CANARY = tuple(range(1, 17))
 KEEP = 4
 
@@ -105,6 +107,7 @@ class Rig:
         await asyncio.to_thread(self._publisher.ask, 0)
         self._serve("generator", self._generator, JOB_FILE=str(job_file), WEIGHTS=self._origin)
         self._channel = grpc.aio.insecure_channel(self._generator)
+        self._asking = Asking(self._channel, convert.job_to_proto(JOB))
         self._stub = generator_pb2_grpc.GeneratorServiceStub(self._channel)
         await self._until(0)
 
@@ -124,6 +127,7 @@ class Rig:
             for caller in callers:
                 caller.cancel()
             await asyncio.gather(*callers, return_exceptions=True)
+            await self._asking.close()
             await self._channel.close()
         report.add(
             f"{self._load.name}: tokens/s with a sync every 2 s",
@@ -161,14 +165,13 @@ class Rig:
         serial = 0
         while True:
             serial += 1
-            request = generator_pb2.GenerateRequest(
-                job=convert.job_to_proto(JOB),
+            request = generator_pb2.ReplyRequest(
                 request_id=f"{number}-{serial}",
                 token_ids=prompt,
                 sampling=sampling_pb2.SamplingParams(temperature=1.0, max_new_tokens=REPLY_TOKENS),
             )
             count = 0
-            async for event in self._stub.Generate(request, timeout=300):
+            async for event in self._asking.reply(request, REPLY_TIMEOUT_S):
                 count += len(event.token_ids)
                 self._window.tokens += len(event.token_ids)
             self._window.lost += REPLY_TOKENS - count

@@ -29,7 +29,7 @@ RENDERER = Renderer(assets())
 STOP = rollout_pb2.FINISH_REASON_STOP
 
 
-def right(request: generator_pb2.GenerateRequest) -> list[Any]:
+def right(request: generator_pb2.ReplyRequest) -> list[Any]:
     """Answers the sum in the prompt; the weights change after the first token."""
     text = RENDERER.text(list(request.token_ids))
     left, right_ = text.removeprefix("user\n").partition("=")[0].split("+")
@@ -37,7 +37,7 @@ def right(request: generator_pb2.GenerateRequest) -> list[Any]:
     return [event(tokens[:1], 3), event(tokens[1:], 4, finish=STOP, engine=False)]
 
 
-def slow(request: generator_pb2.GenerateRequest) -> list[Any]:
+def slow(request: generator_pb2.ReplyRequest) -> list[Any]:
     return [event([RENDERER.reply_ids("1")[0]], 3), 600.0]
 
 

@@ -52,7 +52,7 @@ class Players(ScriptedGenerator):
         self.turns: Counter[int] = Counter()
         self.hangs = asyncio.Event()
 
-    def answer(self, request: generator_pb2.GenerateRequest) -> list[Any]:
+    def answer(self, request: generator_pb2.ReplyRequest) -> list[Any]:
         turn = int(request.request_id.split("/")[-2])
         self.turns[turn] += 1
         if turn == self.hangs_in:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import re
 import signal
 import urllib.request
@@ -14,7 +15,7 @@ import grpc
 import grpc.aio
 import pytest
 import torch
-from generator_store import CONTEXT, PROMPT, SERVICE, SLOTS, WAIT_S, Caller, Code, Store, tokens_of
+from generator_store import CONTEXT, PROMPT, SERVICE, SLOTS, WAIT_S, Caller, Code, ReplyFailed, Store, tokens_of
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from processes import Service
 from tiny_llama import VOCABULARY, reference_logprobs
@@ -23,7 +24,7 @@ from longshore.errors import ConfigError
 from longshore.generator.config import GeneratorSettings
 from longshore.generator.paged_decoder import PagedDecoder
 from longshore.generator.service import serve
-from longshore.proto.v1 import rollout_pb2
+from longshore.proto.v1 import generator_pb2, rollout_pb2
 
 # Takes seconds to draw: time enough for things to happen under a stream.
 LONG = 1500
@@ -105,7 +106,7 @@ async def test_many_callers_at_once_are_all_answered(caller: Caller) -> None:
 
 
 async def test_bad_requests_are_refused_and_good_ones_answered_after(caller: Caller) -> None:
-    foreign, truncated, attached = caller.request(), caller.request(), caller.request()
+    foreign, truncated, attached = caller.message(caller.request()), caller.request(), caller.request()
     foreign.job.job = "another"
     truncated.sampling.top_k = 5
     attached.attachments.add()
@@ -124,6 +125,7 @@ async def test_bad_requests_are_refused_and_good_ones_answered_after(caller: Cal
         attached,
         caller.request(stop_token_ids=[1] * 1025),
         caller.request(name="n" * 257),
+        caller.request(timeout=math.nan),
         # More than the context by far: refused by its length alone.
         caller.request((1,) * 3_000_000),
     ]
@@ -150,9 +152,10 @@ async def test_a_huge_message_is_refused_unread(site: Site, caller: Caller, comp
     before = peak_mb(site.generator)
     options = [("grpc.max_send_message_length", -1), ("grpc.enable_retries", 0)]
     async with grpc.aio.insecure_channel(site.generator.address, options=options) as channel:
-        generate = channel.unary_stream("/longshore.proto.v1.GeneratorService/Generate")
+        generate = channel.stream_stream("/longshore.proto.v1.GeneratorService/Generate")
+        call = generate(once(bytes(256 * 1024 * 1024)), timeout=WAIT_S, compression=compression)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async for _ in generate(bytes(256 * 1024 * 1024), timeout=WAIT_S, compression=compression):
+            async for _ in call:
                 pass
     assert caught.value.code() is Code.RESOURCE_EXHAUSTED
     assert peak_mb(site.generator) < before + 64
@@ -169,22 +172,21 @@ async def test_a_huge_message_is_refused_unread(site: Site, caller: Caller, comp
     ],
 )
 async def test_hostile_metadata_harms_nobody(caller: Caller, metadata: list[tuple[str, str | bytes]]) -> None:
-    call = caller.stub.Generate(caller.request(), timeout=WAIT_S, metadata=metadata)
-    with contextlib.suppress(grpc.aio.AioRpcError):
+    call = caller.send(caller.message(caller.request()), metadata=metadata)
+    with contextlib.suppress(ReplyFailed):
         async for _ in call:
             pass
     # Taken for nothing, or beyond gRPC's own bound.
-    assert await call.code() in (Code.OK, Code.RESOURCE_EXHAUSTED)
+    assert await call.stream.code() in (Code.OK, Code.RESOURCE_EXHAUSTED)
     assert len(tokens_of(await caller.reply())) == 6
 
 
 async def test_bytes_that_are_no_request(site: Site, caller: Caller) -> None:
-    generate = caller.channel.unary_stream("/longshore.proto.v1.GeneratorService/Generate")
+    generate = caller.channel.stream_stream("/longshore.proto.v1.GeneratorService/Generate")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for _ in generate(b"\xff" * 1000, timeout=WAIT_S):
+        async for _ in generate(once(b"\xff" * 1000), timeout=WAIT_S):
             pass
-    # gRPC's own answer.
-    assert caught.value.code() is Code.UNKNOWN
+    assert caught.value.code() is Code.INTERNAL
     reader, writer = await asyncio.open_connection(*site.generator.address.split(":"))
     writer.write(b"GET / HTTP/1.1\r\n\r\n" + bytes(100_000))
     await asyncio.wait_for(reader.read(), WAIT_S)
@@ -211,12 +213,12 @@ async def test_a_full_queue_refuses(caller: Caller) -> None:
 
 
 async def test_a_deadline_ends_a_wait(caller: Caller) -> None:
-    assert await caller.refusal(caller.request(version=(NEVER, None)), timeout=0.2) is Code.DEADLINE_EXCEEDED
+    assert await caller.refusal(caller.request(version=(NEVER, None), timeout=0.2)) is Code.DEADLINE_EXCEEDED
     await caller.until(lambda status: status.waiting_requests == 0)
 
 
 async def test_a_deadline_ends_a_running_reply(caller: Caller) -> None:
-    assert await caller.refusal(caller.request((1,), tokens=LONG), timeout=0.2) is Code.DEADLINE_EXCEEDED
+    assert await caller.refusal(caller.request((1,), tokens=LONG, timeout=0.2)) is Code.DEADLINE_EXCEEDED
     await caller.until(lambda status: status.running_requests == 0)
 
 
@@ -235,6 +237,46 @@ async def test_callers_that_go_away_in_mid_stream_leave_nothing_behind(site: Sit
     await other.channel.close()
     await caller.until(lambda status: status.running_requests == status.waiting_requests == 0)
     assert len(tokens_of(await caller.reply())) == 6
+
+
+async def test_requests_of_one_stream_end_each_in_its_own_way(caller: Caller) -> None:
+    stream = caller.stub.Generate(timeout=WAIT_S)
+    await stream.write(
+        caller.message(
+            caller.request((1,), call=1, tokens=LONG),
+            caller.request((2,), call=2),
+            caller.request((), call=3),
+            caller.request(call=4, version=(NEVER, None), timeout=0.2),
+            caller.request(call=5, name="twice", version=(NEVER, None)),
+            caller.request(call=6, name="twice"),
+        )
+    )
+    ended: dict[int, int] = {}
+    drawn: dict[int, int] = dict.fromkeys(range(1, 7), 0)
+    while len(ended) < 4:
+        for event in (await stream.read()).events:
+            drawn[event.call] += len(event.token_ids)
+            if event.finish or event.HasField("failure"):
+                assert event.call not in ended
+                ended[event.call] = event.finish or -event.failure.code
+    refused = {3: Code.INVALID_ARGUMENT, 4: Code.DEADLINE_EXCEEDED, 6: Code.ALREADY_EXISTS}
+    codes = {number: -code.value[0] for number, code in refused.items()}
+    assert ended == {2: rollout_pb2.FINISH_REASON_LENGTH, **codes}
+    assert [drawn[number] for number in range(2, 7)] == [6, 0, 0, 0, 0]
+    # One that is drawn and one that waits are cancelled; what was on its way may still come, and then the stream ends.
+    await stream.write(generator_pb2.GenerateRequest(job=caller.job, cancelled=[1, 5, 77]))
+    await caller.until(lambda status: status.running_requests == status.waiting_requests == 0)
+    await stream.write(caller.message(caller.request(call=1)))
+    await stream.done_writing()
+    rest = await rest_of(stream)
+    assert (rest[-1].call, len(rest[-1].token_ids)) == (1, 6)
+    assert await stream.code() is Code.OK
+
+
+async def test_a_number_that_is_in_use_ends_the_stream(caller: Caller) -> None:
+    twice = caller.message(caller.request((1,), tokens=LONG), caller.request())
+    assert await caller.refusal(twice) is Code.INVALID_ARGUMENT
+    await caller.until(lambda status: status.running_requests == status.waiting_requests == 0)
 
 
 async def test_metrics_count_tokens(site: Site, caller: Caller) -> None:
@@ -259,7 +301,7 @@ async def test_a_swap_while_streaming_gives_two_spans(site: Site, caller: Caller
     assert {(event.policy_version, event.kv) for event in pinned} == {(old, rollout_pb2.KV_MARK_RECOMPUTED)}
     assert list((await caller.status()).resident_versions) == [new, old]
     # One that is still to come, and one that cannot be.
-    assert await caller.refusal(caller.request(version=(NEVER, NEVER)), timeout=0.5) is Code.DEADLINE_EXCEEDED
+    assert await caller.refusal(caller.request(version=(NEVER, NEVER), timeout=0.5)) is Code.DEADLINE_EXCEEDED
     assert await caller.refusal(caller.request(version=(2**64 - 1, 2**64 - 1))) is Code.INVALID_ARGUMENT
 
 
@@ -296,13 +338,19 @@ async def test_survives_the_death_of_the_store_and_its_own(site: Site, caller: C
 
 
 async def test_sigterm_lets_running_replies_finish_and_refuses_new_ones(site: Site, caller: Caller) -> None:
-    stream = aiter(caller.start((1,), tokens=LONG))
-    drawn = len((await anext(stream)).token_ids)
+    # A stream whose caller may ask for more at any time, as an actor may.
+    stream = caller.stub.Generate(timeout=WAIT_S)
+    await stream.write(caller.message(caller.request((1,), tokens=LONG)))
+    events = list((await stream.read()).events)
     assert site.generator.process is not None
     site.generator.process.send_signal(signal.SIGTERM)
-    async for event in stream:
-        drawn += len(event.token_ids)
-    assert (drawn, event.finish) == (LONG, rollout_pb2.FINISH_REASON_LENGTH)
+    await caller.until_refused()
+    await stream.write(caller.message(caller.request(call=1)))
+    events += await rest_of(stream)
+    assert await stream.code() is Code.OK
+    assert [event.failure.code for event in events if event.call == 1] == [Code.UNAVAILABLE.value[0]]
+    drawn = [event for event in events if event.call == 0]
+    assert (len(tokens_of(drawn)), drawn[-1].finish) == (LONG, rollout_pb2.FINISH_REASON_LENGTH)
     assert await caller.refusal(caller.request()) is Code.UNAVAILABLE
     assert await asyncio.to_thread(site.generator.wait, WAIT_S) == 0
 
@@ -350,9 +398,21 @@ async def test_a_decode_thread_that_dies_ends_the_process(
     call = caller.start()
     with pytest.raises(RuntimeError, match="the decoder is broken"):
         await asyncio.wait_for(serving, WAIT_S)
-    with pytest.raises(grpc.aio.AioRpcError):
+    with pytest.raises(ReplyFailed):
         await call.read()
     await caller.channel.close()
+
+
+async def rest_of(stream: grpc.aio.StreamStreamCall) -> list[generator_pb2.ReplyEvent]:
+    events: list[generator_pb2.ReplyEvent] = []
+    while (message := await stream.read()) is not grpc.aio.EOF:
+        events += message.events
+    return events
+
+
+async def once(message: bytes) -> AsyncIterator[bytes]:
+    """What a caller sends, who then asks for no more."""
+    yield message
 
 
 def settings(store: Store, address: str) -> GeneratorSettings:

@@ -21,7 +21,7 @@ from longshore.proto.v1 import (
 
 SERVICE = "longshore.proto.v1.GeneratorService"
 ENGINE = rollout_pb2.EngineFingerprint(engine="scripted", engine_version="1", dtype="float32")
-Step = generator_pb2.GenerateResponse | grpc.StatusCode | float
+Step = generator_pb2.ReplyEvent | grpc.StatusCode | float
 
 
 def event(
@@ -32,9 +32,9 @@ def event(
     engine: bool = True,
     kv: int = rollout_pb2.KV_MARK_RECOMPUTED,
     oldest: int | None = None,
-) -> generator_pb2.GenerateResponse:
+) -> generator_pb2.ReplyEvent:
     """One event of a reply; each token has the log-prob -0.5."""
-    return generator_pb2.GenerateResponse(
+    return generator_pb2.ReplyEvent(
         token_ids=tokens,
         logprobs=[-0.5] * len(tokens),
         policy_version=version,
@@ -46,11 +46,15 @@ def event(
 
 
 class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
-    """Plays the next script; the last one again and again. A status aborts, a number sleeps that many seconds."""
+    """Plays the next script to each request; the last one again and again. A status ends the request, a number sleeps
+    that many seconds. A script that ends before its reply ends the stream."""
 
-    def __init__(self, *scripts: Sequence[Step] | Callable[[generator_pb2.GenerateRequest], Sequence[Step]]) -> None:
+    def __init__(self, *scripts: Sequence[Step] | Callable[[generator_pb2.ReplyRequest], Sequence[Step]]) -> None:
         self.scripts = list(scripts)
-        self.requests: list[generator_pb2.GenerateRequest] = []
+        self.requests: list[generator_pb2.ReplyRequest] = []
+        # Of each message.
+        self.jobs: list[Any] = []
+        self.streams = 0
         self.asked, self.cancelled = asyncio.Event(), asyncio.Event()
         # What it says of itself.
         self.status = generator_pb2.GetStatusResponse(policy_version=0, max_running_requests=64)
@@ -58,21 +62,63 @@ class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
     async def GetStatus(self, request: Any, context: Any) -> generator_pb2.GetStatusResponse:
         return self.status
 
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[generator_pb2.GenerateResponse]:
-        self.requests.append(request)
-        self.asked.set()
-        script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
+    async def Generate(self, messages: AsyncIterator[generator_pb2.GenerateRequest], context: Any) -> None:
+        self.streams += 1
+        stream = _Stream(self, context)
+        tasks = [asyncio.create_task(stream.read(messages)), asyncio.create_task(stream.write())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (*tasks, *stream.playing.values()):
+                task.cancel()
+
+
+class _Stream:
+    """One actor's."""
+
+    def __init__(self, generator: ScriptedGenerator, context: Any) -> None:
+        self.playing: dict[int, asyncio.Task[None]] = {}
+        self._generator = generator
+        self._context = context
+        # None: the stream ends.
+        self._events: asyncio.Queue[generator_pb2.ReplyEvent | None] = asyncio.Queue()
+
+    async def read(self, messages: AsyncIterator[generator_pb2.GenerateRequest]) -> None:
+        generator = self._generator
+        async for message in messages:
+            generator.jobs.append(message.job)
+            for number in message.cancelled:
+                if number in self.playing:
+                    self.playing[number].cancel()
+            for request in message.requests:
+                generator.requests.append(request)
+                generator.asked.set()
+                script = generator.scripts.pop(0) if len(generator.scripts) > 1 else generator.scripts[0]
+                self.playing[request.call] = asyncio.create_task(self._play(request, script))
+
+    async def write(self) -> None:
+        while (told := await self._events.get()) is not None:
+            await self._context.write(generator_pb2.GenerateResponse(events=[told]))
+
+    async def _play(self, request: generator_pb2.ReplyRequest, script: Any) -> None:
+        told = generator_pb2.ReplyEvent()
         try:
             for step in script(request) if callable(script) else script:
-                if isinstance(step, grpc.StatusCode):
-                    await context.abort(step, f"scripted {step.name}")
-                elif isinstance(step, int | float):
+                if isinstance(step, int | float):
                     await asyncio.sleep(step)
+                    continue
+                told = generator_pb2.ReplyEvent()
+                if isinstance(step, grpc.StatusCode):
+                    told.failure.code, told.failure.message = step.value[0], f"scripted {step.name}"
                 else:
-                    yield step
+                    told.CopyFrom(step)
+                told.call = request.call
+                self._events.put_nowait(told)
         except asyncio.CancelledError:
-            self.cancelled.set()
+            self._generator.cancelled.set()
             raise
+        if not told.finish and not told.HasField("failure"):
+            self._events.put_nowait(None)
 
 
 class ScriptedVerifier(verifier_pb2_grpc.VerifierServiceServicer):

@@ -11,7 +11,7 @@ import grpc.aio
 import psutil
 import pytest
 import torch
-from generator_store import PROMPT, SERVICE, Caller, Code, Store, tokens_of
+from generator_store import PROMPT, SERVICE, Caller, Code, ReplyFailed, Store, tokens_of
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from processes import Service
 from tiny_llama import reference_logprobs
@@ -70,10 +70,10 @@ async def _ends_with_its_worker(pid: int, log: Path, caller: Caller) -> None:
     (worker,) = [helper for helper in helpers if "Worker" in helper.name() or "Worker" in " ".join(helper.cmdline())]
     running = caller.start((1,), tokens=2000)
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    with pytest.raises(ReplyFailed) as caught:
         async for _ in running:
             pass
-    assert caught.value.code() in (Code.UNAVAILABLE, Code.CANCELLED)
+    assert caught.value.code in (Code.UNAVAILABLE, Code.CANCELLED)
     _, alive = await asyncio.to_thread(psutil.wait_procs, helpers, timeout=END_S)
     assert alive == []
     assert "vLLM's engine process has died" in await asyncio.to_thread(log.read_text)
@@ -86,8 +86,8 @@ async def _comes_back_and_waits_for_proof(supervisor: Supervisor, address: str, 
         while not await _serving(address):
             try:
                 await caller.reply()
-            except grpc.aio.AioRpcError as error:
-                refusals.add(error.code())
+            except ReplyFailed as error:
+                refusals.add(error.code)
             else:
                 # It was proven between the two questions.
                 assert await _serving(address)

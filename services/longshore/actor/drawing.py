@@ -76,7 +76,7 @@ class Source(Protocol):
 
     def stream(
         self, generator: str, wanted: Wanted, ask: Ask, timeout_s: float
-    ) -> AsyncGenerator[generator_pb2.GenerateResponse]:
+    ) -> AsyncGenerator[generator_pb2.ReplyEvent]:
         """Ends after the reply's last event. Raises TryFailed."""
 
 
@@ -212,7 +212,7 @@ class _Drawing:
         if builder.reply() is None:
             raise TryFailed(Trouble.AWAY, "the reply broke off")
 
-    def _check(self, event: generator_pb2.GenerateResponse) -> None:
+    def _check(self, event: generator_pb2.ReplyEvent) -> None:
         """An answer by another version than asked for, or of more tokens, must not become part of a rollout."""
         if event.token_ids and not self._wanted.accepts(event.policy_version):
             bounds = self._wanted.version

@@ -1,4 +1,4 @@
-"""An actor's generators over gRPC: who there is, who serves, what each reports, and the streams that are drawn.
+"""An actor's generators over gRPC: who there is, who serves, what each reports, and the replies that are drawn.
 
 | loop          | waits for                                                       | at its deadline        |
 |---------------|-----------------------------------------------------------------|------------------------|
@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Protocol
 
 import grpc
@@ -23,13 +24,14 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from longshore.actor.addresses import Address, AddressBook
+from longshore.actor.asking import AskFailed, Asking
 from longshore.actor.balancing import Standing, Trouble
 from longshore.actor.dispatch import Dispatch
 from longshore.actor.drawing import Ask, TryFailed, Wanted
 from longshore.actor.limit import Report
 from longshore.actor.moving import Mover
 from longshore.errors import ConfigError
-from longshore.proto.v1 import generator_pb2, generator_pb2_grpc
+from longshore.proto.v1 import generator_pb2, generator_pb2_grpc, job_pb2
 from longshore.rpc import convert
 from longshore.rpc.channel import channel
 from longshore.types import JobRef
@@ -57,19 +59,25 @@ class FleetObserver(Protocol):
 class _Peer:
     """One generator's connection."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, job: job_pb2.JobRef) -> None:
         self.address = address
         # Its failures are answered by going elsewhere, not by waiting for it: the channel repeats nothing.
         self.channel = channel(address.target, name=address.name, retries=False)
-        self.generate = generator_pb2_grpc.GeneratorServiceStub(self.channel)
+        self.asking = Asking(self.channel, job)
+        self.generator = generator_pb2_grpc.GeneratorServiceStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
-        self.streams = 0
+        # Replies that are being drawn.
+        self.replies = 0
         self.tasks: list[asyncio.Task[None]] = []
         # What health says.
         self.serving = False
         self.silences = 0
         # Whether it was logged that it is another job's.
         self.foreign = False
+
+    async def close(self) -> None:
+        await self.asking.close()
+        await self.channel.close()
 
 
 class Fleet:
@@ -98,34 +106,31 @@ class Fleet:
                     await asyncio.sleep(_MEMBERSHIP_S)
         finally:
             for peer in self._peers.values():
-                await peer.channel.close()
+                await peer.close()
 
     async def stream(
         self, generator: str, wanted: Wanted, ask: Ask, timeout_s: float
-    ) -> AsyncGenerator[generator_pb2.GenerateResponse]:
+    ) -> AsyncGenerator[generator_pb2.ReplyEvent]:
         """See drawing.Source."""
         peer = self._peers.get(generator)
         if peer is None:
             raise TryFailed(Trouble.AWAY, f"{generator} has left")
-        request = generator_pb2.GenerateRequest(
-            job=self._job,
+        request = generator_pb2.ReplyRequest(
             request_id=ask.request_id,
             token_ids=ask.token_ids,
             sampling=convert.sampling_to_proto(ask.sampling),
             version=convert.version_to_proto(wanted.version),
             prefix_key=wanted.prefixes[-1],
         )
-        peer.streams += 1
-        call = peer.generate.Generate(request, timeout=timeout_s)
+        peer.replies += 1
         try:
-            async for event in call:
-                yield event
-        except grpc.aio.AioRpcError as error:
+            async with aclosing(peer.asking.reply(request, timeout_s)) as events:
+                async for event in events:
+                    yield event
+        except AskFailed as error:
             raise _failure(generator, error) from None
         finally:
-            # Also when whoever reads wants no more of it.
-            call.cancel()
-            peer.streams -= 1
+            peer.replies -= 1
 
     async def _membership(self, group: asyncio.TaskGroup) -> None:
         found = {address.target: address for address in await self._book.read()}
@@ -146,7 +151,7 @@ class Fleet:
         """Whether it can be talked to from here."""
         target = address.target
         try:
-            peer = _Peer(address)
+            peer = _Peer(address, self._job)
         except ConfigError as error:
             if self._unfit != str(error):
                 log.warning("generator cannot be used", generator=target, reason=str(error))
@@ -162,14 +167,14 @@ class Fleet:
         """It gets no more requests; what it draws may finish, and then its connection is closed."""
         peer = self._peers[target]
         self._balancer.leave(target)
-        if peer.streams:
+        if peer.replies:
             return
         log.info("generator leaves", generator=target)
         del self._peers[target]
         self._mover.forget(target)
         for task in peer.tasks:
             task.cancel()
-        await peer.channel.close()
+        await peer.close()
 
     async def _health(self, peer: _Peer) -> None:
         pause = _FIRST_PAUSE_S
@@ -207,7 +212,7 @@ class Fleet:
     async def _report(self, peer: _Peer) -> None:
         target = peer.address.target
         try:
-            status = await peer.generate.GetStatus(
+            status = await peer.generator.GetStatus(
                 generator_pb2.GetStatusRequest(job=self._job), timeout=_REPORT_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:
@@ -249,20 +254,20 @@ class Fleet:
             self._observer.generators(self._balancer.standings(), self._dispatch.num_waiting)
 
 
-def _failure(generator: str, error: grpc.aio.AioRpcError) -> TryFailed:
-    code, text = error.code(), f"{generator}: {error.code().name}: {error.details()}"
-    details = error.details() or ""
-    # gRPC's own word for a message beyond its limit; a full queue has the same code.
-    too_large = code is _Code.RESOURCE_EXHAUSTED and "larger than max" in details
-    if too_large or code in (_Code.INVALID_ARGUMENT, _Code.OUT_OF_RANGE):
-        return TryFailed(Trouble.REQUEST, details or "the generator refuses the prompt", refused="prompt")
+def _failure(generator: str, error: AskFailed) -> TryFailed:
+    code, text = error.code, f"{generator}: {error}"
+    if code in (_Code.INTERNAL, _Code.UNKNOWN, _Code.UNIMPLEMENTED):
+        return TryFailed(Trouble.FAULT, text)
+    # What ends a stream with many requests speaks against none of them.
+    if error.broke:
+        return TryFailed(Trouble.AWAY, text)
+    if code in (_Code.INVALID_ARGUMENT, _Code.OUT_OF_RANGE):
+        return TryFailed(Trouble.REQUEST, error.details or "the generator refuses the prompt", refused="prompt")
     if code is _Code.FAILED_PRECONDITION:
-        return TryFailed(Trouble.REQUEST, details or "the policy version is gone", refused="version")
+        return TryFailed(Trouble.REQUEST, error.details or "the policy version is gone", refused="version")
     if code is _Code.RESOURCE_EXHAUSTED:
         return TryFailed(Trouble.FULL, text)
     # What is pinned to a version may find no room, or the version may not have come: others are served all the same.
     if code in (_Code.DEADLINE_EXCEEDED, _Code.ABORTED, _Code.NOT_FOUND):
         return TryFailed(Trouble.REQUEST, text)
-    if code in (_Code.INTERNAL, _Code.UNKNOWN, _Code.UNIMPLEMENTED):
-        return TryFailed(Trouble.FAULT, text)
     return TryFailed(Trouble.AWAY, text)

@@ -29,7 +29,7 @@ class ReplyBuilder:
         """Another stream begins; its engine comes with its first event."""
         self._engine = None
 
-    def add(self, event: generator_pb2.GenerateResponse) -> None:
+    def add(self, event: generator_pb2.ReplyEvent) -> None:
         """Raises Rejected: `malformed`, and takes nothing of an event that cannot be part of a rollout."""
         if len(event.token_ids) != len(event.logprobs) or not all(map(math.isfinite, event.logprobs)):
             raise Rejected("malformed", "an event's log-probs are not one finite number a token")
@@ -71,11 +71,11 @@ class ReplyBuilder:
         return Reply(self.token_ids, spans, self._finish, tuple(self._engines))
 
 
-def reply_to_events(reply: Reply) -> list[generator_pb2.GenerateResponse]:
+def reply_to_events(reply: Reply) -> list[generator_pb2.ReplyEvent]:
     """What generators would have streamed, in as few events as there are spans (one, without any)."""
     events, start, told = [], 0, -1
     for span in reply.spans:
-        event = generator_pb2.GenerateResponse(
+        event = generator_pb2.ReplyEvent(
             token_ids=reply.token_ids[start : start + span.length],
             logprobs=span.logprobs,
             policy_version=span.version,
@@ -88,12 +88,12 @@ def reply_to_events(reply: Reply) -> list[generator_pb2.GenerateResponse]:
         events.append(event)
         start += span.length
     if not events:
-        events = [generator_pb2.GenerateResponse(engine=engine_to_proto(reply.engines[0]))]
+        events = [generator_pb2.ReplyEvent(engine=engine_to_proto(reply.engines[0]))]
     events[-1].finish = convert.FINISH[reply.finish]
     return events
 
 
-def reply_from_events(events: Iterable[generator_pb2.GenerateResponse]) -> Reply:
+def reply_from_events(events: Iterable[generator_pb2.ReplyEvent]) -> Reply:
     """Raises Rejected: `malformed` unless they are a whole reply whose spans cover its tokens."""
     builder = ReplyBuilder()
     for event in events:

@@ -18,6 +18,8 @@ import grpc.aio
 from longshore.errors import ConfigError
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+# Of one message to a generator: a prompt of a million tokens has four.
+MAX_ASK_BYTES = 16 * 1024 * 1024
 # More than a wide link holds: 1 Gbit/s and 100 ms are 12 MB.
 LOOKAHEAD_BYTES = 16 * 1024 * 1024
 

@@ -110,13 +110,14 @@ class RpcServer:
         await self.server.stop(grace_s)
 
 
-def _status(error: errors.LongshoreError) -> grpc.StatusCode:
+def status_of(error: errors.LongshoreError) -> grpc.StatusCode:
+    """What a call that ends with this error is told."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str) -> None:
     if isinstance(error, errors.LongshoreError):
-        await context.abort(_status(error), str(error))
+        await context.abort(status_of(error), str(error))
     # A bug's text may hold anything, secrets included: it goes to our log, not to the caller.
     log.error("rpc failed", method=method, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, f"internal error in {method}; see the service's log")

@@ -77,11 +77,11 @@ async def two(tmp_path: Path) -> AsyncIterator[Generators]:
     await made.stop()
 
 
-def asked(generators: Generators, number: int = 0) -> list[generator_pb2.GenerateRequest]:
+def asked(generators: Generators, number: int = 0) -> list[generator_pb2.ReplyRequest]:
     return generators.peers[number].generator.requests
 
 
-def rest(request: generator_pb2.GenerateRequest) -> list[Any]:
+def rest(request: generator_pb2.ReplyRequest) -> list[Any]:
     """Goes on after 7 with 8, and after both with the end."""
     left = [token for token in (7, 8, 1) if token not in request.token_ids]
     return [event(left, 4, finish=STOP)]
@@ -91,7 +91,8 @@ async def test_a_request_says_what_the_ticket_says(one: Generators) -> None:
     one.scripts(0, GOOD)
     await one.draw(TICKET)
     (request,) = asked(one)
-    assert (request.job.project, request.job.job) == ("default", "j")
+    (job,) = one.peers[0].generator.jobs
+    assert (job.project, job.job) == ("default", "j")
     assert list(request.token_ids) == [5, 6]
     assert (request.sampling.temperature, request.sampling.max_new_tokens) == (pytest.approx(0.7), 8)
     assert list(request.sampling.stop_token_ids) == [1]
@@ -135,7 +136,7 @@ async def test_neighbours_of_one_version_are_one_span(one: Generators) -> None:
         # What may not become part of a rollout does not, and the rest comes from elsewhere.
         (event([7], 3), event([9], 9, engine=False)),
         (event([7], 3, engine=False),),
-        (generator_pb2.GenerateResponse(token_ids=[7], engine=event().engine),),
+        (generator_pb2.ReplyEvent(token_ids=[7], engine=event().engine),),
         (event([9] * 9, 3),),
     ],
 )

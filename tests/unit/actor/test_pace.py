@@ -179,7 +179,7 @@ class Geometric:
 
     async def stream(
         self, generator: str, wanted: Wanted, ask: Ask, timeout_s: float
-    ) -> AsyncGenerator[generator_pb2.GenerateResponse]:
+    ) -> AsyncGenerator[generator_pb2.ReplyEvent]:
         while True:
             if self.chance.random() < 0.05:
                 self.breaks += 1

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from longshore.generator.calls import Call
+from longshore.generator.calls import HeldCall
 from longshore.generator.engine import Engine, RequestFailed
 from longshore.generator.openai_http import faults
 from longshore.generator.openai_http.answers import Answer
@@ -53,7 +53,7 @@ class Work:
         request_id = f"{'chatcmpl' if is_chat else 'cmpl'}-{exchange.request_id.removeprefix('req-')}"
         self._answer = Answer(request_id, is_chat, asked, engine.fingerprint, vocabulary.token_text)
 
-    async def answer(self, calls: list[Call]) -> None:
+    async def answer(self, calls: list[HeldCall]) -> None:
         replies = [Reply() for _ in calls]
 
         async def keep(index: int, piece: Piece) -> None:
@@ -62,7 +62,7 @@ class Work:
         await self._grow(calls, keep)
         await self._exchange.answer(200, self._answer.whole(replies))
 
-    async def stream(self, calls: list[Call]) -> None:
+    async def stream(self, calls: list[HeldCall]) -> None:
         told = [Told() for _ in calls]
         newest = 0
 
@@ -88,7 +88,7 @@ class Work:
             await asyncio.sleep(KEEP_ALIVE_S)
             await self._exchange.keep_alive()
 
-    async def _grow(self, calls: list[Call], use: Callable[[int, Piece], Awaitable[None]]) -> None:
+    async def _grow(self, calls: list[HeldCall], use: Callable[[int, Piece], Awaitable[None]]) -> None:
         """Draws all replies to their ends. Raises ApiError for the first that fails; the others are ended then."""
         growing = [asyncio.create_task(self._grow_one(index, call, use)) for index, call in enumerate(calls)]
         try:
@@ -99,7 +99,7 @@ class Work:
             self._metrics.prompt_tokens.inc(self._tally.prompt_tokens)
             self._metrics.completion_tokens.inc(self._tally.tokens)
 
-    async def _grow_one(self, index: int, call: Call, use: Callable[[int, Piece], Awaitable[None]]) -> None:
+    async def _grow_one(self, index: int, call: HeldCall, use: Callable[[int, Piece], Awaitable[None]]) -> None:
         draft = Draft(self._vocabulary.text, self._vocabulary.hidden, self.asked.stops, self.asked.finder())
         while not draft.ended:
             event = await call.next()

@@ -29,7 +29,7 @@ from longshore.proto.v1 import sampling_pb2 as longshore_dot_proto_dot_v1_dot_sa
 from longshore.proto.v1 import ticket_pb2 as longshore_dot_proto_dot_v1_dot_ticket__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"longshore/proto/v1/generator.proto\x12\x12longshore.proto.v1\x1a#longshore/proto/v1/attachment.proto\x1a\x1clongshore/proto/v1/job.proto\x1a longshore/proto/v1/rollout.proto\x1a!longshore/proto/v1/sampling.proto\x1a\x1flongshore/proto/v1/ticket.proto\"\xa9\x02\n\x0fGenerateRequest\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x34\n\x08sampling\x18\x04 \x01(\x0b\x32\".longshore.proto.v1.SamplingParams\x12;\n\x07version\x18\x05 \x01(\x0b\x32%.longshore.proto.v1.VersionConstraintH\x00\x88\x01\x01\x12\x12\n\nprefix_key\x18\x06 \x01(\t\x12\x33\n\x0b\x61ttachments\x18\x07 \x03(\x0b\x32\x1e.longshore.proto.v1.AttachmentB\n\n\x08_version\"\x90\x02\n\x10GenerateResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12&\n\x02kv\x18\x04 \x01(\x0e\x32\x1a.longshore.proto.v1.KvMark\x12\x1b\n\x0ekv_min_version\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x30\n\x06\x66inish\x18\x06 \x01(\x0e\x32 .longshore.proto.v1.FinishReason\x12\x35\n\x06\x65ngine\x18\x07 \x01(\x0b\x32%.longshore.proto.v1.EngineFingerprintB\x11\n\x0f_kv_min_version\";\n\x10GetStatusRequest\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\"\xfe\x01\n\x11GetStatusResponse\x12\x1b\n\x0epolicy_version\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x18\n\x10running_requests\x18\x02 \x01(\r\x12\x18\n\x10waiting_requests\x18\x03 \x01(\r\x12\x1c\n\x14max_running_requests\x18\x04 \x01(\r\x12\x15\n\rkv_used_ratio\x18\x05 \x01(\x01\x12\x35\n\x06\x65ngine\x18\x06 \x01(\x0b\x32%.longshore.proto.v1.EngineFingerprint\x12\x19\n\x11resident_versions\x18\x07 \x03(\x04\x42\x11\n\x0f_policy_version2\xc5\x01\n\x10GeneratorService\x12W\n\x08Generate\x12#.longshore.proto.v1.GenerateRequest\x1a$.longshore.proto.v1.GenerateResponse0\x01\x12X\n\tGetStatus\x12$.longshore.proto.v1.GetStatusRequest\x1a%.longshore.proto.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"longshore/proto/v1/generator.proto\x12\x12longshore.proto.v1\x1a#longshore/proto/v1/attachment.proto\x1a\x1clongshore/proto/v1/job.proto\x1a longshore/proto/v1/rollout.proto\x1a!longshore/proto/v1/sampling.proto\x1a\x1flongshore/proto/v1/ticket.proto\"\x81\x01\n\x0fGenerateRequest\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\x12\x32\n\x08requests\x18\x02 \x03(\x0b\x32 .longshore.proto.v1.ReplyRequest\x12\x11\n\tcancelled\x18\x03 \x03(\x04\"\xb1\x02\n\x0cReplyRequest\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x34\n\x08sampling\x18\x04 \x01(\x0b\x32\".longshore.proto.v1.SamplingParams\x12;\n\x07version\x18\x05 \x01(\x0b\x32%.longshore.proto.v1.VersionConstraintH\x00\x88\x01\x01\x12\x12\n\nprefix_key\x18\x06 \x01(\t\x12\x33\n\x0b\x61ttachments\x18\x07 \x03(\x0b\x32\x1e.longshore.proto.v1.Attachment\x12\x16\n\ttimeout_s\x18\x08 \x01(\x01H\x01\x88\x01\x01\x42\n\n\x08_versionB\x0c\n\n_timeout_s\"B\n\x10GenerateResponse\x12.\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1e.longshore.proto.v1.ReplyEvent\"\xcb\x02\n\nReplyEvent\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12&\n\x02kv\x18\x04 \x01(\x0e\x32\x1a.longshore.proto.v1.KvMark\x12\x1b\n\x0ekv_min_version\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x30\n\x06\x66inish\x18\x06 \x01(\x0e\x32 .longshore.proto.v1.FinishReason\x12\x35\n\x06\x65ngine\x18\x07 \x01(\x0b\x32%.longshore.proto.v1.EngineFingerprint\x12\x0c\n\x04\x63\x61ll\x18\x08 \x01(\x04\x12\x31\n\x07\x66\x61ilure\x18\t \x01(\x0b\x32 .longshore.proto.v1.ReplyFailureB\x11\n\x0f_kv_min_version\"-\n\x0cReplyFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\";\n\x10GetStatusRequest\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x1a.longshore.proto.v1.JobRef\"\xfe\x01\n\x11GetStatusResponse\x12\x1b\n\x0epolicy_version\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x18\n\x10running_requests\x18\x02 \x01(\r\x12\x18\n\x10waiting_requests\x18\x03 \x01(\r\x12\x1c\n\x14max_running_requests\x18\x04 \x01(\r\x12\x15\n\rkv_used_ratio\x18\x05 \x01(\x01\x12\x35\n\x06\x65ngine\x18\x06 \x01(\x0b\x32%.longshore.proto.v1.EngineFingerprint\x12\x19\n\x11resident_versions\x18\x07 \x03(\x04\x42\x11\n\x0f_policy_version2\xc7\x01\n\x10GeneratorService\x12Y\n\x08Generate\x12#.longshore.proto.v1.GenerateRequest\x1a$.longshore.proto.v1.GenerateResponse(\x01\x30\x01\x12X\n\tGetStatus\x12$.longshore.proto.v1.GetStatusRequest\x1a%.longshore.proto.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,13 +37,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'longshore.proto.v1.generato
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=228
-  _globals['_GENERATEREQUEST']._serialized_end=525
-  _globals['_GENERATERESPONSE']._serialized_start=528
-  _globals['_GENERATERESPONSE']._serialized_end=800
-  _globals['_GETSTATUSREQUEST']._serialized_start=802
-  _globals['_GETSTATUSREQUEST']._serialized_end=861
-  _globals['_GETSTATUSRESPONSE']._serialized_start=864
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1118
-  _globals['_GENERATORSERVICE']._serialized_start=1121
-  _globals['_GENERATORSERVICE']._serialized_end=1318
+  _globals['_GENERATEREQUEST']._serialized_end=357
+  _globals['_REPLYREQUEST']._serialized_start=360
+  _globals['_REPLYREQUEST']._serialized_end=665
+  _globals['_GENERATERESPONSE']._serialized_start=667
+  _globals['_GENERATERESPONSE']._serialized_end=733
+  _globals['_REPLYEVENT']._serialized_start=736
+  _globals['_REPLYEVENT']._serialized_end=1067
+  _globals['_REPLYFAILURE']._serialized_start=1069
+  _globals['_REPLYFAILURE']._serialized_end=1114
+  _globals['_GETSTATUSREQUEST']._serialized_start=1116
+  _globals['_GETSTATUSREQUEST']._serialized_end=1175
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1178
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1432
+  _globals['_GENERATORSERVICE']._serialized_start=1435
+  _globals['_GENERATORSERVICE']._serialized_end=1634
 # @@protoc_insertion_point(module_scope)

@@ -28,18 +28,53 @@ class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    CANCELLED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> _job_pb2.JobRef: ...
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplyRequest]:
+        """Replies to draw."""
+
+    @_builtins.property
+    def cancelled(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Calls that are no longer wanted: no event of theirs follows, but for those on their way. Unknown ones are ignored."""
+
+    def __init__(
+        self,
+        *,
+        job: _job_pb2.JobRef | None = ...,
+        requests: _abc.Iterable[Global___ReplyRequest] | None = ...,
+        cancelled: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "job", b"job", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class ReplyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     PREFIX_KEY_FIELD_NUMBER: _builtins.int
     ATTACHMENTS_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    call: _builtins.int
+    """The stream's number for this request: not that of another one that has not ended."""
     request_id: _builtins.str
-    """Unique among running requests; repeated ids are refused with ALREADY_EXISTS."""
+    """Unique among the generator's running requests; repeated ids are refused with ALREADY_EXISTS."""
     prefix_key: _builtins.str
     """Requests with one key share a prefix: a hint for placing them together."""
-    @_builtins.property
-    def job(self) -> _job_pb2.JobRef: ...
+    timeout_s: _builtins.float
+    """Seconds that it may take from its arrival on; absent: as long as the generator lets any."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """At least one token, each below the vocabulary's size."""
@@ -53,27 +88,55 @@ class GenerateRequest(_message.Message):
     def __init__(
         self,
         *,
-        job: _job_pb2.JobRef | None = ...,
+        call: _builtins.int = ...,
         request_id: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: _sampling_pb2.SamplingParams | None = ...,
         version: _ticket_pb2.VersionConstraint | None = ...,
         prefix_key: _builtins.str = ...,
         attachments: _abc.Iterable[_attachment_pb2.Attachment] | None = ...,
+        timeout_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "job", b"job", "sampling", b"sampling", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "_version", b"_version", "sampling", b"sampling", "timeout_s", b"timeout_s", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "attachments", b"attachments", "job", b"job", "prefix_key", b"prefix_key", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "_version", b"_version", "attachments", b"attachments", "call", b"call", "prefix_key", b"prefix_key", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
+    _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_s) -> _WhichOneofReturnType__timeout_s | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
 
-Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+Global___ReplyRequest: _TypeAlias = ReplyRequest  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
-    """Tokens drawn since the last event, all by one policy version."""
+    """Events of any of the stream's requests, those of one request in their order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplyEvent]: ...
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___ReplyEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class ReplyEvent(_message.Message):
+    """Tokens drawn since the request's last event, all by one policy version; or why there will be none."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -84,11 +147,15 @@ class GenerateResponse(_message.Message):
     KV_MIN_VERSION_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    CALL_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
     policy_version: _builtins.int
     kv: _rollout_pb2.KvMark.ValueType
     kv_min_version: _builtins.int
     finish: _rollout_pb2.FinishReason.ValueType
-    """Set on the last event alone."""
+    """Set on the last event alone, unless that has `failure`."""
+    call: _builtins.int
+    """ReplyRequest.call"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -97,7 +164,11 @@ class GenerateResponse(_message.Message):
 
     @_builtins.property
     def engine(self) -> _rollout_pb2.EngineFingerprint:
-        """Set on the first event alone."""
+        """Set on the first event with tokens alone."""
+
+    @_builtins.property
+    def failure(self) -> Global___ReplyFailure:
+        """Set on the last event of a request that is refused, or could not be finished; such an event has no tokens."""
 
     def __init__(
         self,
@@ -109,16 +180,46 @@ class GenerateResponse(_message.Message):
         kv_min_version: _builtins.int | None = ...,
         finish: _rollout_pb2.FinishReason.ValueType = ...,
         engine: _rollout_pb2.EngineFingerprint | None = ...,
+        call: _builtins.int = ...,
+        failure: Global___ReplyFailure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_min_version", b"_kv_min_version", "engine", b"engine", "kv_min_version", b"kv_min_version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_min_version", b"_kv_min_version", "engine", b"engine", "failure", b"failure", "kv_min_version", b"kv_min_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_min_version", b"_kv_min_version", "engine", b"engine", "finish", b"finish", "kv", b"kv", "kv_min_version", b"kv_min_version", "logprobs", b"logprobs", "policy_version", b"policy_version", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_min_version", b"_kv_min_version", "call", b"call", "engine", b"engine", "failure", b"failure", "finish", b"finish", "kv", b"kv", "kv_min_version", b"kv_min_version", "logprobs", b"logprobs", "policy_version", b"policy_version", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kv_min_version: _TypeAlias = _typing.Literal["kv_min_version"]  # noqa: Y015
     _WhichOneofArgType__kv_min_version: _TypeAlias = _typing.Literal["_kv_min_version", b"_kv_min_version"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_min_version) -> _WhichOneofReturnType__kv_min_version | None: ...
 
-Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+Global___ReplyEvent: _TypeAlias = ReplyEvent  # noqa: Y015
+
+@_typing.final
+class ReplyFailure(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """A status code of gRPC: INVALID_ARGUMENT (empty prompt, token id out of range, context exceeded, bad sampling
+    parameters), FAILED_PRECONDITION (the version constraint can no longer be met), UNAVAILABLE (no proven version,
+    draining), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queue full; try another generator), NOT_FOUND (there is no such
+    version), ABORTED (a pinned version cannot be brought here now: no room, or no proof; another generator may have
+    it), ALREADY_EXISTS (the request id is running), INTERNAL.
+    """
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplyFailure: _TypeAlias = ReplyFailure  # noqa: Y015
 
 @_typing.final
 class GetStatusRequest(_message.Message):

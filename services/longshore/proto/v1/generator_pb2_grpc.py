@@ -36,7 +36,7 @@ class GeneratorServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Generate = channel.unary_stream(
+        self.Generate = channel.stream_stream(
                 '/longshore.proto.v1.GeneratorService/Generate',
                 request_serializer=longshore_dot_proto_dot_v1_dot_generator__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=longshore_dot_proto_dot_v1_dot_generator__pb2.GenerateResponse.FromString,
@@ -53,13 +53,17 @@ class GeneratorServiceServicer:
     version is resident; the empty name is SERVING while the process lives.
     """
 
-    def Generate(self, request, context):
-        """Samples one reply. The stream ends with exactly one event that has `finish` set, or with a status:
-        INVALID_ARGUMENT (empty prompt, token id out of range, context exceeded, bad sampling parameters),
-        FAILED_PRECONDITION (the version constraint can no longer be met), UNAVAILABLE (no proven version, draining),
-        DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queue full; try another generator), NOT_FOUND (there is no such version),
-        ABORTED (a pinned version cannot be brought here now: no room, or no proof; another generator may have it).
-        Weights may change while the reply is drawn; each event says which version made its tokens.
+    def Generate(self, request_iterator, context):
+        """Draws replies. One stream carries any number of requests, and what has been drawn for all of them goes back
+        together, so that a decode step costs a message and not a message a reply. Requests know nothing of each other: one
+        that is refused, cancelled or late ends by itself, with its own code.
+
+        The stream ends with OK when its caller has said that no further request comes and all have ended; when the
+        generator goes away, once all have ended. A status of the stream's own ends all of its requests: INVALID_ARGUMENT
+        (a call number that is in use), RESOURCE_EXHAUSTED (a message of more than 16 MiB), UNAVAILABLE. A stream that is
+        cancelled, or whose connection breaks, cancels its requests.
+
+        Weights may change while a reply is drawn; each event says which version made its tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -75,7 +79,7 @@ class GeneratorServiceServicer:
 
 def add_GeneratorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Generate': grpc.unary_stream_rpc_method_handler(
+            'Generate': grpc.stream_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=longshore_dot_proto_dot_v1_dot_generator__pb2.GenerateRequest.FromString,
                     response_serializer=longshore_dot_proto_dot_v1_dot_generator__pb2.GenerateResponse.SerializeToString,
@@ -99,7 +103,7 @@ class GeneratorService:
     """
 
     @staticmethod
-    def Generate(request,
+    def Generate(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -109,8 +113,8 @@ class GeneratorService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/longshore.proto.v1.GeneratorService/Generate',
             longshore_dot_proto_dot_v1_dot_generator__pb2.GenerateRequest.SerializeToString,

@@ -35,13 +35,17 @@ class GeneratorServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GeneratorServiceAsyncStub: ...
-    Generate: _grpc.UnaryStreamMultiCallable[_generator_pb2.GenerateRequest, _generator_pb2.GenerateResponse]
-    """Samples one reply. The stream ends with exactly one event that has `finish` set, or with a status:
-    INVALID_ARGUMENT (empty prompt, token id out of range, context exceeded, bad sampling parameters),
-    FAILED_PRECONDITION (the version constraint can no longer be met), UNAVAILABLE (no proven version, draining),
-    DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queue full; try another generator), NOT_FOUND (there is no such version),
-    ABORTED (a pinned version cannot be brought here now: no room, or no proof; another generator may have it).
-    Weights may change while the reply is drawn; each event says which version made its tokens.
+    Generate: _grpc.StreamStreamMultiCallable[_generator_pb2.GenerateRequest, _generator_pb2.GenerateResponse]
+    """Draws replies. One stream carries any number of requests, and what has been drawn for all of them goes back
+    together, so that a decode step costs a message and not a message a reply. Requests know nothing of each other: one
+    that is refused, cancelled or late ends by itself, with its own code.
+
+    The stream ends with OK when its caller has said that no further request comes and all have ended; when the
+    generator goes away, once all have ended. A status of the stream's own ends all of its requests: INVALID_ARGUMENT
+    (a call number that is in use), RESOURCE_EXHAUSTED (a message of more than 16 MiB), UNAVAILABLE. A stream that is
+    cancelled, or whose connection breaks, cancels its requests.
+
+    Weights may change while a reply is drawn; each event says which version made its tokens.
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_generator_pb2.GetStatusRequest, _generator_pb2.GetStatusResponse]
     """What the generator holds and can take, for balancing."""
@@ -53,13 +57,17 @@ class GeneratorServiceAsyncStub(GeneratorServiceStub):
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    Generate: _aio.UnaryStreamMultiCallable[_generator_pb2.GenerateRequest, _generator_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Samples one reply. The stream ends with exactly one event that has `finish` set, or with a status:
-    INVALID_ARGUMENT (empty prompt, token id out of range, context exceeded, bad sampling parameters),
-    FAILED_PRECONDITION (the version constraint can no longer be met), UNAVAILABLE (no proven version, draining),
-    DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queue full; try another generator), NOT_FOUND (there is no such version),
-    ABORTED (a pinned version cannot be brought here now: no room, or no proof; another generator may have it).
-    Weights may change while the reply is drawn; each event says which version made its tokens.
+    Generate: _aio.StreamStreamMultiCallable[_generator_pb2.GenerateRequest, _generator_pb2.GenerateResponse]  # type: ignore[assignment]
+    """Draws replies. One stream carries any number of requests, and what has been drawn for all of them goes back
+    together, so that a decode step costs a message and not a message a reply. Requests know nothing of each other: one
+    that is refused, cancelled or late ends by itself, with its own code.
+
+    The stream ends with OK when its caller has said that no further request comes and all have ended; when the
+    generator goes away, once all have ended. A status of the stream's own ends all of its requests: INVALID_ARGUMENT
+    (a call number that is in use), RESOURCE_EXHAUSTED (a message of more than 16 MiB), UNAVAILABLE. A stream that is
+    cancelled, or whose connection breaks, cancels its requests.
+
+    Weights may change while a reply is drawn; each event says which version made its tokens.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_generator_pb2.GetStatusRequest, _generator_pb2.GetStatusResponse]  # type: ignore[assignment]
     """What the generator holds and can take, for balancing."""
@@ -72,15 +80,19 @@ class GeneratorServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def Generate(
         self,
-        request: _generator_pb2.GenerateRequest,
+        request_iterator: _MaybeAsyncIterator[_generator_pb2.GenerateRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generator_pb2.GenerateResponse], _abc.AsyncIterator[_generator_pb2.GenerateResponse]]:
-        """Samples one reply. The stream ends with exactly one event that has `finish` set, or with a status:
-        INVALID_ARGUMENT (empty prompt, token id out of range, context exceeded, bad sampling parameters),
-        FAILED_PRECONDITION (the version constraint can no longer be met), UNAVAILABLE (no proven version, draining),
-        DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queue full; try another generator), NOT_FOUND (there is no such version),
-        ABORTED (a pinned version cannot be brought here now: no room, or no proof; another generator may have it).
-        Weights may change while the reply is drawn; each event says which version made its tokens.
+        """Draws replies. One stream carries any number of requests, and what has been drawn for all of them goes back
+        together, so that a decode step costs a message and not a message a reply. Requests know nothing of each other: one
+        that is refused, cancelled or late ends by itself, with its own code.
+
+        The stream ends with OK when its caller has said that no further request comes and all have ended; when the
+        generator goes away, once all have ended. A status of the stream's own ends all of its requests: INVALID_ARGUMENT
+        (a call number that is in use), RESOURCE_EXHAUSTED (a message of more than 16 MiB), UNAVAILABLE. A stream that is
+        cancelled, or whose connection breaks, cancels its requests.
+
+        Weights may change while a reply is drawn; each event says which version made its tokens.
         """
 
     @_abc_1.abstractmethod

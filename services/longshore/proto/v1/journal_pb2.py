@@ -28,7 +28,7 @@ from longshore.proto.v1 import sampling_pb2 as longshore_dot_proto_dot_v1_dot_sa
 from longshore.proto.v1 import task_pb2 as longshore_dot_proto_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n longshore/proto/v1/journal.proto\x12\x12longshore.proto.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"longshore/proto/v1/generator.proto\x1a!longshore/proto/v1/sampling.proto\x1a\x1dlongshore/proto/v1/task.proto\"\x91\x01\n\x0cJournalEntry\x12-\n\x04head\x18\x01 \x01(\x0b\x32\x1f.longshore.proto.v1.JournalHead\x12.\n\x05turns\x18\x02 \x03(\x0b\x32\x1f.longshore.proto.v1.JournalTurn\x12\x15\n\x08snapshot\x18\x03 \x01(\x0cH\x00\x88\x01\x01\x42\x0b\n\t_snapshot\"\xcb\x01\n\x0bJournalHead\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x10\n\x08renderer\x18\x02 \x01(\t\x12\x34\n\x08sampling\x18\x03 \x01(\x0b\x32\".longshore.proto.v1.SamplingParams\x12,\n\x07opening\x18\x04 \x03(\x0b\x32\x1b.longshore.proto.v1.Message\x12.\n\nstarted_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xab\x01\n\x0bJournalTurn\x12\x17\n\x0fgiven_token_ids\x18\x01 \x03(\r\x12\x33\n\x05reply\x18\x02 \x03(\x0b\x32$.longshore.proto.v1.GenerateResponse\x12-\n\x08messages\x18\x03 \x03(\x0b\x32\x1b.longshore.proto.v1.Message\x12\x0c\n\x04\x64one\x18\x04 \x01(\x08\x12\x11\n\tinfo_json\x18\x05 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n longshore/proto/v1/journal.proto\x12\x12longshore.proto.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"longshore/proto/v1/generator.proto\x1a!longshore/proto/v1/sampling.proto\x1a\x1dlongshore/proto/v1/task.proto\"\x91\x01\n\x0cJournalEntry\x12-\n\x04head\x18\x01 \x01(\x0b\x32\x1f.longshore.proto.v1.JournalHead\x12.\n\x05turns\x18\x02 \x03(\x0b\x32\x1f.longshore.proto.v1.JournalTurn\x12\x15\n\x08snapshot\x18\x03 \x01(\x0cH\x00\x88\x01\x01\x42\x0b\n\t_snapshot\"\xcb\x01\n\x0bJournalHead\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x10\n\x08renderer\x18\x02 \x01(\t\x12\x34\n\x08sampling\x18\x03 \x01(\x0b\x32\".longshore.proto.v1.SamplingParams\x12,\n\x07opening\x18\x04 \x03(\x0b\x32\x1b.longshore.proto.v1.Message\x12.\n\nstarted_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa5\x01\n\x0bJournalTurn\x12\x17\n\x0fgiven_token_ids\x18\x01 \x03(\r\x12-\n\x05reply\x18\x02 \x03(\x0b\x32\x1e.longshore.proto.v1.ReplyEvent\x12-\n\x08messages\x18\x03 \x03(\x0b\x32\x1b.longshore.proto.v1.Message\x12\x0c\n\x04\x64one\x18\x04 \x01(\x08\x12\x11\n\tinfo_json\x18\x05 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,5 +40,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOURNALHEAD']._serialized_start=340
   _globals['_JOURNALHEAD']._serialized_end=543
   _globals['_JOURNALTURN']._serialized_start=546
-  _globals['_JOURNALTURN']._serialized_end=717
+  _globals['_JOURNALTURN']._serialized_end=711
 # @@protoc_insertion_point(module_scope)

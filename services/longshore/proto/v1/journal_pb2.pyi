@@ -119,7 +119,7 @@ class JournalTurn(_message.Message):
     @_builtins.property
     def given_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
-    def reply(self) -> _containers.RepeatedCompositeFieldContainer[_generator_pb2.GenerateResponse]:
+    def reply(self) -> _containers.RepeatedCompositeFieldContainer[_generator_pb2.ReplyEvent]:
         """The reply: one event for each run of tokens that one policy version drew under one cache."""
 
     @_builtins.property
@@ -128,7 +128,7 @@ class JournalTurn(_message.Message):
         self,
         *,
         given_token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        reply: _abc.Iterable[_generator_pb2.GenerateResponse] | None = ...,
+        reply: _abc.Iterable[_generator_pb2.ReplyEvent] | None = ...,
         messages: _abc.Iterable[_task_pb2.Message] | None = ...,
         done: _builtins.bool = ...,
         info_json: _builtins.str = ...,
