@@ -34,7 +34,7 @@ PARTS = ("torch", "service")
 
 async def measure(report: Report, args: argparse.Namespace) -> None:
     report.note(f"load average before: {os.getloadavg()[0]:.1f}")
-    for load in [LOADS["small"]] if args.quick else LOADS.values():
+    for load in [LOADS[name] for name in args.models or (("small",) if args.quick else LOADS)]:
         if lacks := absent(load.model):
             report.skip(f"{load.model}", f"needs {lacks}: make bench installs it")
             continue
@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = parser(__doc__ or "")
     made.add_argument("--engine", choices=("torch", "vllm"), default="torch")
     made.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="absent: all parts")
+    made.add_argument("--models", nargs="+", choices=tuple(LOADS), help="absent: the small one if --quick, else all")
     return run(__doc__ or "", measure, argv, made=made)
 
 

@@ -7,6 +7,7 @@ thread of torch's: the callers have the other core, as actors would. A stream as
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import statistics
@@ -120,25 +121,29 @@ class Callers:
         await self._asking.close()
         await self._channel.close()
 
-    async def until_served(self) -> None:
+    async def until_served(self, generator: Talker) -> None:
+        """Raises RuntimeError when the generator ends before."""
         request = generator_pb2.GetStatusRequest(job=convert.job_to_proto(JOB))
         async with asyncio.timeout(START_S):
             while True:
-                status = await self._stub.GetStatus(request, timeout=START_S, wait_for_ready=True)
-                if status.HasField("policy_version"):
-                    return
+                generator.check()
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    if (await self._stub.GetStatus(request, timeout=1.0)).HasField("policy_version"):
+                        return
                 await asyncio.sleep(0.05)
 
     async def load(self, streams: int, seconds: float, tokens: int) -> float:
-        """Tokens a second, with so many requests open throughout."""
+        """Tokens a second, with so many requests open throughout. Raises AskFailed when one of them fails."""
         self._tokens = 0
         callers = [asyncio.create_task(self._stream(prompt, tokens)) for prompt in prompts(streams)]
         started = time.perf_counter()
-        await asyncio.sleep(seconds)
+        ended, _ = await asyncio.wait(callers, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
         rate = self._tokens / (time.perf_counter() - started)
         for caller in callers:
             caller.cancel()
         await asyncio.gather(*callers, return_exceptions=True)
+        for caller in ended:
+            caller.result()
         return rate
 
     async def first(self, count: int) -> list[float]:
@@ -167,14 +172,13 @@ class Callers:
 
 async def measure(report: Report, world: World, load: Load, engine: str, rounds: int, window_s: float) -> None:
     """Adds the rows of the service against the bare engine, and of updates and log-probs."""
-    bare, rounded = (world.side("engine", load.model, 1, dtype) for dtype in ("float32", "bfloat16"))
+    bare = world.side("engine", load.model, 1)
+    await asyncio.to_thread(bare.hear)
     address, generator = await world.serve(load.model)
     callers = Callers(address)
     named = f"{engine}, {load.model}"
     try:
-        await callers.until_served()
-        for side in (bare, rounded):
-            await asyncio.to_thread(side.hear)
+        await callers.until_served(generator)
         for streams in STREAMS:
             ask = f"load {streams} {window_s} {load.reply}"
             await asyncio.to_thread(bare.ask, f"draw {streams} {load.reply}")
@@ -206,6 +210,7 @@ async def measure(report: Report, world: World, load: Load, engine: str, rounds:
         await _first(report, named, bare, callers, 60 * rounds)
     finally:
         await callers.close()
+        generator.end()
     pauses = (await asyncio.to_thread(bare.ask, f"swaps {2 * rounds + 1} 32"))["steps"]
     report.add(
         f"{named}: pause per update, 32 requests in flight",
@@ -214,14 +219,21 @@ async def measure(report: Report, world: World, load: Load, engine: str, rounds:
         against=f"one decode step is what there is between tokens without an update; {_spread(pauses)}",
         at_most=2.0,
     )
-    for published, side in {"float32": bare, "bfloat16": rounded}.items():
-        gap = await asyncio.to_thread(side.ask, f"gap 16 {load.reply}")
-        report.add(
-            f"{named}: largest log-prob gap to the learner",
-            gap["max"],
-            "nats",
-            against=f"mean {gap['mean']:.2g}; computed in {gap['dtype']} of weights published in {published}",
-        )
+    await _gap(report, named, bare, load, "float32")
+    bare.end()
+    rounded = world.side("engine", load.model, 1, "bfloat16")
+    await asyncio.to_thread(rounded.hear)
+    await _gap(report, named, rounded, load, "bfloat16")
+
+
+async def _gap(report: Report, named: str, side: Talker, load: Load, published: str) -> None:
+    gap = await asyncio.to_thread(side.ask, f"gap 16 {load.reply}")
+    report.add(
+        f"{named}: largest log-prob gap to the learner",
+        gap["max"],
+        "nats",
+        against=f"mean {gap['mean']:.2g}; computed in {gap['dtype']} of weights published in {published}",
+    )
 
 
 async def _first(report: Report, named: str, bare: Talker, callers: Callers, count: int) -> None:

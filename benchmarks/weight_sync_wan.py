@@ -70,9 +70,17 @@ class Talker:
         """Its next line. Raises RuntimeError when it has ended."""
         line = _stdout(self.process).readline()
         if not line:
-            raise RuntimeError(f"{self._log_path.stem} ended: {self._log_path.read_text()[-1500:]}")
+            raise self._ended()
         said: dict[str, Any] = json.loads(line)
         return said
+
+    def check(self) -> None:
+        """Raises RuntimeError when it has ended: who waits for it by other means would wait in vain."""
+        if self.process.poll() is not None:
+            raise self._ended()
+
+    def _ended(self) -> RuntimeError:
+        return RuntimeError(f"{self._log_path.stem} ended: {self._log_path.read_text()[-1500:]}")
 
     def end(self) -> None:
         # With what it has started itself, as vLLM does. The group's number is the leader's.
