@@ -53,13 +53,24 @@ def published(
         canary: token ids.
         base: of a policy with adapters, as an earlier call gave it: it is not made again.
     """
-    if has_adapters(policy):
-        adapted = Adapted(_base(policy, dtype) if base is None else base, _products(policy))
-        tensors = merge(adapted.base, adapted.products)
-        return Weights(tensors, probe(policy, tensors, canary), adapted)
-    rounded = {part.name: part.value.to(_DTYPES[dtype], copy=True) for part in parts(policy)}
-    tensors = [as_published(name, value) for name, value in rounded.items()]
-    return Weights(tensors, _probe(policy, rounded, canary), None)
+    adapted = has_adapters(policy)
+    begun: list[Tensor] = []
+    tensors: list[Tensor] = []
+    products: list[Product] = []
+    held: dict[str, torch.Tensor] = {}
+    for place, part in enumerate(parts(policy)):
+        # Nobody trains what adapters are beside: where the dtype is its own, the memory is too.
+        value = part.value.to(_DTYPES[dtype], copy=not adapted)
+        begun.append(as_published(part.name, value) if base is None else base[place])
+        if part.product is None:
+            tensors.append(begun[-1])
+        else:
+            products.append(part.product)
+            tensors += merge(begun[-1:], [part.product])
+            value = from_published(tensors[-1]).to(value.device)
+        held[part.name] = value
+    told = Adapted(begun if base is None else base, products) if adapted else None
+    return Weights(tensors, _probe(policy, held, canary), told)
 
 
 def probe(policy: torch.nn.Module, tensors: Sequence[Tensor], canary: Sequence[int]) -> CanaryProbe:
@@ -72,12 +83,3 @@ def _probe(policy: torch.nn.Module, rounded: dict[str, torch.Tensor], canary: Se
     # With the weights as published, so that rounding is not taken for a fault.
     with holding(policy, {name: value.float() for name, value in rounded.items()}):
         return CanaryProbe(tuple(canary), tuple(canary_logprobs(policy, canary)))
-
-
-def _base(policy: torch.nn.Module, dtype: str) -> list[Tensor]:
-    # Nobody trains these: where the dtype is their own, the memory is too.
-    return [as_published(part.name, part.value.to(_DTYPES[dtype])) for part in parts(policy)]
-
-
-def _products(policy: torch.nn.Module) -> list[Product]:
-    return [part.product for part in parts(policy) if part.product is not None]
