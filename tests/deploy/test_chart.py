@@ -146,7 +146,7 @@ def test_a_rollout_site_refuses_what_it_cannot_work_with() -> None:
     for wrong, says in (
         ("tls.source=none", "a rollout site needs TLS"),
         ("site.jobConfigMap=", "site.jobConfigMap"),
-        ("site.home.weights=", "site.home.weights"),
+        ("site.home.credentialSecret=", "site.home.credentialSecret"),
         ("site.name=home", "site.name"),
     ):
         done = helm("template", "rel", str(CHART), *good, "--set", wrong)
@@ -157,9 +157,41 @@ def test_a_rollout_site_refuses_what_it_cannot_work_with() -> None:
 def test_only_the_relay_knows_the_way_home() -> None:
     documents = profile(CHART / "ci" / "rollout-site-values.yaml")
     for name, spec in pods(documents):
-        text = yaml.safe_dump(spec)
-        for way in ("weights.example.com", "longshore_home_broker_url"):
-            assert (way in text) == (name == "rel-longshore-relay"), name
+        assert ("west-site" in yaml.safe_dump(spec)) == (name == "rel-longshore-relay"), name
+    (relay,) = (spec for name, spec in pods(documents) if name == "rel-longshore-relay")
+    file = environment(relay["containers"][0])["LONGSHORE_SITE_FILE"]
+    (mount,) = (item for item in relay["containers"][0]["volumeMounts"] if file.startswith(item["mountPath"] + "/"))
+    # As a folder: Kubernetes does not renew what is mounted by a subPath.
+    assert "subPath" not in mount
+    (volume,) = (item for item in relay["volumes"] if item["name"] == mount["name"])
+    assert volume["secret"]["items"] == [{"key": "site.json", "path": Path(file).name}]
+    assert volume["secret"]["defaultMode"] & 0o007 == 0
+
+
+def test_a_home_that_takes_sites_listens_for_them_over_tls_alone() -> None:
+    documents = profile(CHART / "ci" / "home-full-values.yaml")
+    specs = dict(pods(documents))
+    told = {item["name"]: environment(item) for item in specs["rel-longshore-home"]["containers"]}
+    assert told["gateway"]["LONGSHORE_SITES_BROKER_URL"] == "rediss://broker.example.com:6380"
+    assert told["gateway"]["LONGSHORE_SITES_FILE"] == told["weights"]["LONGSHORE_SITES_FILE"]
+    (secret,) = (
+        item for item in documents if item["metadata"]["name"] == "rel-longshore-broker" and "stringData" in item
+    )
+    conf = dict(line.split(" ", 1) for line in secret["stringData"]["broker.conf"].splitlines())
+    assert conf["tls-port"] == "6380"
+    mounts = {item["mountPath"] for item in specs["rel-longshore-broker"]["containers"][0]["volumeMounts"]}
+    for name in ("tls-cert-file", "tls-key-file", "tls-ca-cert-file"):
+        assert str(Path(conf[name]).parent) in mounts
+    # Others reach the port that speaks TLS, and no other.
+    outside = [item for item in documents if item["kind"] == "Service" and item["spec"].get("type") == "LoadBalancer"]
+    assert {port["targetPort"] for item in outside for port in item["spec"]["ports"]} == {"weights", "redis-tls"}
+    (certificate,) = (item for item in documents if item["kind"] == "Certificate")
+    assert certificate["spec"]["uris"] == ["longshore:home"]
+    assert "broker.example.com" in certificate["spec"]["dnsNames"]
+    # By default nobody else is let in.
+    default = render()
+    assert "LONGSHORE_SITES" not in yaml.safe_dump_all(default)
+    assert not [item for item in default if "6380" in yaml.safe_dump(item)]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +205,9 @@ def test_only_the_relay_knows_the_way_home() -> None:
         ("gateway.service.port=http", "port"),
         ("gateway.limits.jobs=0", "jobs"),
         ("gateway.oidc.jwksUrl=id.example.com", "jwksUrl"),
+        ("sites.weights=weights.example.com:7443", "set all three"),
+        ("sites.broker=rediss://broker.example.com", "broker"),
+        ("sites.gateway=http://example.com", "gateway"),
     ],
 )
 def test_values_that_are_wrong_are_refused_by_name(wrong: str, says: str) -> None:

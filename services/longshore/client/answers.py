@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
-from longshore.errors import Conflict, Fault, Forbidden, InvalidJobSpec, LongshoreError, NotFound, Unavailable
+from longshore.errors import (
+    ConfigError,
+    Conflict,
+    Fault,
+    Forbidden,
+    InvalidJobSpec,
+    LongshoreError,
+    NotFound,
+    Unavailable,
+)
 
 # Submitting runs the tasks' own checks, which may read a data set.
 TIMEOUT = httpx.Timeout(90.0, connect=5.0)
@@ -21,6 +32,25 @@ PAGE = 200
 ENDED = frozenset({"succeeded", "failed", "cancelled"})
 
 Json = dict[str, Any]
+
+
+def checked_url(url: str, where: str) -> str:
+    """A gateway's URL, where a key may be sent. Raises ConfigError: it would go over a network in the clear.
+
+    Args:
+        where: what the URL came from.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "https" and host:
+        return url.rstrip("/")
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if parts.scheme == "http" and local:
+        return url.rstrip("/")
+    raise ConfigError(f"{where} {url}: must be https://, or http:// on this machine: a key goes with each request")
 
 
 def error_of(status: int, body: bytes) -> LongshoreError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,9 +14,9 @@ import httpx
 
 from longshore import api_types as t
 from longshore.client import answers, calls
-from longshore.client.answers import EventLines, error_of, may_repeat, unreachable
+from longshore.client.answers import EventLines, checked_url, error_of, may_repeat, unreachable
 from longshore.client.calls import Call, Json, get, job_path, post
-from longshore.errors import Unavailable
+from longshore.errors import ConfigError, Unavailable
 from longshore.launcher.state_dir import read_api_key, read_up
 
 T = TypeVar("T")
@@ -332,7 +333,19 @@ class ApiClient:
 
 
 def connect(state_dir: Path) -> ApiClient:
-    """A client of the stack that runs in a state directory. Raises Unavailable when none does."""
+    """A client of the gateway that LONGSHORE_URL names, with the key LONGSHORE_API_KEY; else of the stack that runs in
+    a state directory.
+
+    Raises:
+        Unavailable: no stack runs.
+        ConfigError: the URL is no gateway's, or there is no key.
+    """
+    url = os.environ.get("LONGSHORE_URL")
+    if url:
+        key = os.environ.get("LONGSHORE_API_KEY")
+        if not key:
+            raise ConfigError("LONGSHORE_URL needs LONGSHORE_API_KEY: `longshore keys create` makes one")
+        return ApiClient(checked_url(url, "LONGSHORE_URL"), key)
     up = read_up(state_dir)
     try:
         if up is not None:

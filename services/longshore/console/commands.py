@@ -19,7 +19,7 @@ from longshore.launcher.state_dir import default_state_dir, read_up
 
 
 def open_client() -> ApiClient:
-    """A client of the stack that runs here. Raises Unavailable when none does."""
+    """A client of the gateway that LONGSHORE_URL names, or of the stack that runs here. Raises as `connect`."""
     return connect(default_state_dir())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from longshore.api_types import IssuedCredential, SiteCredentialView
 from longshore.client import ApiClient
+from longshore.client.answers import checked_url
 from longshore.console.commands import open_client
 from longshore.console.follow import EXIT_OK
 from longshore.console.tables import aligned
@@ -46,7 +47,8 @@ async def renew(file: Path) -> int:
     """Replaces the file as a whole; a relay that uses it sees that by itself."""
     old = SiteCredential.load(file)
     key, request = make_request(old.site)
-    async with ApiClient(old.gateway, old.api_key.get_secret_value()) as client:
+    url = checked_url(old.gateway, f"gateway in {file}:")
+    async with ApiClient(url, old.api_key.get_secret_value()) as client:
         issued = await client.renew_site(old.site, request.decode())
     _credential(issued, key, old.broker_url.get_secret_value(), old.api_key.get_secret_value()).save(file)
     sys.stdout.write(f"{file}: good until {issued['expires_at']}\n")

@@ -60,7 +60,10 @@ class SiteSettings:
     book: Path
 
     def check(self) -> None:
-        """Raises ConfigError: an address cannot be a site's."""
+        """Raises ConfigError: an address cannot be a site's, or would have secrets go over a network in the clear."""
+        web = urlsplit(self.gateway)
+        if web.scheme != "https" and not (web.scheme == "http" and is_local(f"{web.hostname}:{web.port or 80}")):
+            raise ConfigError(f"LONGSHORE_SITES_GATEWAY {self.gateway}: must be https://")
         url = urlsplit(self.broker_url)
         if url.username or url.password:
             raise ConfigError("LONGSHORE_SITES_BROKER_URL: leave name and password out; each site gets its own")

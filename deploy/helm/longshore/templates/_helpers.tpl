@@ -54,6 +54,16 @@ affinity: {{- toYaml . | nindent 2 }}
 
 {{- define "longshore.tls" -}}{{ ne .Values.tls.source "none" }}{{- end }}
 
+{{/* Whether rollout sites of other clusters may join: "true" or "" */}}
+{{- define "longshore.takesSites" -}}
+{{- $told := compact (list .Values.sites.weights .Values.sites.broker .Values.sites.gateway) }}
+{{- if and $told (eq .Values.profile "home") }}
+{{- if ne (len $told) 3 }}{{ fail "sites.weights, sites.broker and sites.gateway: set all three, or none" }}{{ end }}
+{{- if eq .Values.tls.source "none" }}{{ fail "sites: a home that takes rollout sites needs TLS: set tls.source to given or cert-manager" }}{{ end }}
+{{- "true" }}
+{{- end }}
+{{- end }}
+
 {{- define "longshore.tlsSecret" -}}
 {{- if eq .Values.tls.source "given" }}{{ required "tls.existingSecret: name the secret with tls.crt, tls.key and ca.crt" .Values.tls.existingSecret }}{{ else }}{{ include "longshore.fullname" . }}-tls{{ end }}
 {{- end }}
@@ -146,7 +156,7 @@ livenessProbe:
 {{/* Names of the certificate: what the release listens as, and the Services of jobs' pods. */}}
 {{- define "longshore.tlsNames" -}}
 - localhost
-{{- range $service := list "weights" "relay" "generator" "verifier" "actor" }}
+{{- range $service := list "weights" "broker" "relay" "generator" "verifier" "actor" }}
 - {{ include "longshore.fullname" $ }}-{{ $service }}
 - {{ include "longshore.fullname" $ }}-{{ $service }}.{{ $.Release.Namespace }}.svc
 {{- end }}
