@@ -204,6 +204,10 @@ async def test_a_broker_that_forgot_its_users_is_told_again(closed: Closed) -> N
     await closed.home.execute_command("ACL", "SETUSER", "somebody-else", "on", "nopass")
     await closed.let_in(west="default")
     assert len(await closed.queues("west").lease(1)) == 1
+    # Of a version of Longshore whose functions home does not have.
+    await closed.home.function_flush()
+    with pytest.raises(Unavailable, match="is it of our version"):
+        await closed.queues("west").lease(1)
     # Users that are not ours stay.
     assert b"somebody-else" in await closed.home.execute_command("ACL", "USERS")
     # Of another project now, and with another password.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,18 @@ async def test_a_revoked_site_is_out_and_its_streams_too(home: Home) -> None:
     await asyncio.sleep(2 * RECHECK_S)
     assert await home.answer(home.west) is DENIED
     assert await home.answer(None) is grpc.StatusCode.OK
+
+
+async def test_what_expires_while_a_connection_lives_is_good_no_more(home: Home) -> None:
+    brief = home.issue("west", days=2 / 86_400)
+    home.knows(brief)
+    await asyncio.sleep(2 * RECHECK_S)
+    stub = home.stub(brief)
+    assert await code(drained(stub.Watch(weights_pb2.WatchRequest(job=OWN), timeout=CALL_S))) is DENIED
+    assert time.time() >= read_certificate(brief.certificate).expires_at
+    # The same connection, whose handshake was long ago.
+    request = weights_pb2.ListVersionsRequest(job=OWN, weight_set=weights_pb2.WEIGHT_SET_POLICY)
+    assert await code(stub.ListVersions(request, timeout=CALL_S)) is DENIED
 
 
 async def test_who_is_not_known_is_refused(home: Home, tmp_path: Path) -> None:

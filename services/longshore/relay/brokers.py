@@ -116,4 +116,6 @@ def _refused_for_now() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise Unavailable(f"home: {error}") from None
+        # A site may not load functions: those of this version are home's learner's to bring.
+        hint = " (has home's learner started, and is it of our version?)" if "function|load" in str(error) else ""
+        raise Unavailable(f"home: {error}{hint}") from None
