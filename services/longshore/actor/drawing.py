@@ -9,6 +9,7 @@ the longer a reply is, the likelier it meets a break.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -89,7 +90,7 @@ class DrawingObserver(Protocol):
 
 @dataclass(frozen=True)
 class DrawLimits:
-    """Seconds: that one reply may take in all, and that generators may be away."""
+    """Seconds: that one reply may take in all, and that generators may be away before it has begun."""
 
     timeout_s: float
     patience_s: float
@@ -151,9 +152,9 @@ class _Drawing:
             if reply is not None:
                 return reply
             avoid = frozenset(self._avoid | self._refused)
-            wanted, patience_s = self._wanted, self._drawer.limits.patience_s
+            wanted = self._wanted
             accepts = None if wanted.version == _ANY_VERSION else wanted.accepts
-            name = await self._drawer.dispatch.place(wanted.prefixes, avoid, self._deadline, patience_s, accepts)
+            name = await self._drawer.dispatch.place(wanted.prefixes, avoid, self._deadline, self._patience_s, accepts)
             had = len(self._builder.token_ids)
             try:
                 await self._try(name)
@@ -162,6 +163,12 @@ class _Drawing:
                 self._builder.close(wanted.sampling)
                 if self._builder.reply() is None:
                     await self._after(name, failure, len(self._builder.token_ids) > had)
+
+    @property
+    def _patience_s(self) -> float:
+        """Tokens that have come are waited for until the deadline: who gave them up for another attempt would draw long
+        replies anew, and keep short ones, which are seldom in mid-reply when the generators go away."""
+        return math.inf if self._builder.token_ids else self._drawer.limits.patience_s
 
     async def _try(self, name: str) -> None:
         """One stream; its place is given back. Raises TryFailed."""
@@ -235,7 +242,7 @@ class _Drawing:
         now = self._drawer.clock()
         self._failing_since = now if self._failing_since is None else self._failing_since
         away = now - self._failing_since
-        if away >= self._drawer.limits.patience_s or now >= self._deadline:
+        if away >= self._patience_s or now >= self._deadline:
             raise Unavailable(f"away for {away:.0f} s: generator: {failure}")
         if failure.trouble is not Trouble.LATE:
             self._drawer.observer.retried_generator()

@@ -256,11 +256,11 @@ class Fleet:
 
 def _failure(generator: str, error: AskFailed) -> TryFailed:
     code, text = error.code, f"{generator}: {error}"
-    if code in (_Code.INTERNAL, _Code.UNKNOWN, _Code.UNIMPLEMENTED):
-        return TryFailed(Trouble.FAULT, text)
     # What ends a stream with many requests speaks against none of them.
     if error.broke:
         return TryFailed(Trouble.AWAY, text)
+    if code in (_Code.INTERNAL, _Code.UNKNOWN):
+        return TryFailed(Trouble.FAULT, text)
     if code in (_Code.INVALID_ARGUMENT, _Code.OUT_OF_RANGE):
         return TryFailed(Trouble.REQUEST, error.details or "the generator refuses the prompt", refused="prompt")
     if code is _Code.FAILED_PRECONDITION:

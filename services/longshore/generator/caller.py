@@ -9,12 +9,16 @@ import asyncio
 from dataclasses import dataclass
 from functools import partial
 
+import structlog
+
 from longshore.errors import Conflict, IntegrityError, LongshoreError, Rejected, Unavailable
 from longshore.generator.calls import Call, Calls
 from longshore.generator.engine import EngineEvent, EngineRequest, QueueFull
 
 # Events of one message: about a megabyte, for engines tell of a few dozen tokens in one.
 _MOST_TOLD = 4096
+
+log = structlog.get_logger()
 
 
 class NotHere(Unavailable):
@@ -93,6 +97,11 @@ class Caller:
     def refuse(self, number: int, error: LongshoreError) -> None:
         self._tell(Told(number, Refused(error), True))
 
+    def fail(self, number: int, error: Exception) -> None:
+        """A bug that one request meets must not end the others. Its text may hold anything: that is for our log."""
+        log.error("request failed", exc_info=error)
+        self.refuse(number, LongshoreError("internal error; see the generator's log"))
+
     def cancel(self, number: int) -> None:
         """Ends a request without a further event; unknown numbers are ignored."""
         coming = self._coming.pop(number, None)
@@ -141,8 +150,8 @@ class Caller:
             self.refuse(number, NotHere(f"the pinned version cannot be had here now: {error}"))
         except LongshoreError as error:
             self.refuse(number, error)
-        except Exception as error:  # noqa: BLE001 - the task's end: a bug ends the stream, and is logged with it
-            self.no_more(error)
+        except Exception as error:  # noqa: BLE001 - a request's boundary
+            self.fail(number, error)
         else:
             self._submit(number, name, request)
         finally:

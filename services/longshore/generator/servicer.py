@@ -113,11 +113,11 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
                 self._check_job(message.job)
                 if self._draining:
                     raise Unavailable("this generator is going away")
-                wanted = self._request(self._calls.proven(), request)
+                caller.begin(request.call, request.request_id, self._request(self._calls.proven(), request))
             except (Rejected, Unavailable) as error:
                 caller.refuse(request.call, error)
-            else:
-                caller.begin(request.call, request.request_id, wanted)
+            except Exception as error:  # noqa: BLE001 - a request's boundary
+                caller.fail(request.call, error)
 
     def _request(self, engine: Engine, request: generator_pb2.ReplyRequest) -> EngineRequest:
         for name, text in (("request_id", request.request_id), ("prefix_key", request.prefix_key)):

@@ -257,6 +257,24 @@ async def test_generators_that_stay_away(tmp_path: Path) -> None:
         await gone.stop()
 
 
+async def test_what_has_begun_waits_for_longer_than_patience(tmp_path: Path) -> None:
+    away = Generators(tmp_path, 1, patience_s=0.2)
+    await away.start()
+    away.scripts(0, (event([7], 3), 30.0), rest)
+    try:
+        drawing_ = asyncio.create_task(away.draw(TICKET))
+        async with asyncio.timeout(20):
+            while not any(flight.progress._begun for flight in away.mover._flights):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await away.peers[0].stop()
+        await asyncio.sleep(0.6)
+        assert not drawing_.done()
+        await away.peers[0].start()
+        assert (await drawing_).token_ids == [7, 8, 1]
+    finally:
+        await away.stop()
+
+
 async def test_a_generator_that_comes_back(one: Generators) -> None:
     one.scripts(0, GOOD)
     await one.peers[0].stop()

@@ -175,7 +175,7 @@ async def test_a_stream_ends_with_its_last_request(bench: Bench) -> None:
     await bench.draws("a", 1)
     assert await ending == [(0, (1,), True)]
     ending = asyncio.create_task(told(bench.one))
-    await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
     bench.one.cancel(0)
     assert await ending == []
 
@@ -190,11 +190,27 @@ async def test_a_stream_that_is_closed_ends_its_requests_and_no_others(bench: Be
     assert await told(bench.two) == [(1, (1,), True)]
 
 
-async def test_a_bug_ends_the_stream(bench: Bench) -> None:
-    bench.error = ZeroDivisionError("a bug")
+async def test_a_bug_ends_the_request_that_met_it(bench: Bench) -> None:
+    bench.error = ZeroDivisionError("a secret")
     bench.begin(bench.one, 0, "a", version=3)
+    bench.begin(bench.one, 1, "b")
     bench.bringing.set()
-    with pytest.raises(ZeroDivisionError):
+    (item,) = await asyncio.wait_for(bench.one.told(), WAIT_S)
+    assert isinstance(item.event, Refused)
+    assert (item.number, "internal error" in str(item.event.error), "secret" in str(item.event.error)) == (
+        0,
+        True,
+        False,
+    )
+    await bench.draws("b", 2)
+    assert await told(bench.one) == [(1, (2,), True)]
+
+
+async def test_what_breaks_the_stream_is_raised_once_all_has_been_told(bench: Bench) -> None:
+    bench.one.refuse(0, Unavailable("none"))
+    bench.one.no_more(Rejected("malformed", "call 0 has not ended"))
+    assert await told(bench.one) == [(0, Unavailable, True)]
+    with pytest.raises(Rejected):
         await told(bench.one)
 
 
