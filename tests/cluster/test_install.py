@@ -21,7 +21,8 @@ import yaml
 from . import names
 from .conftest import CHART, ROOT, VALUES, Cluster, until
 
-STEPS = 40
+# So many that the upgrade falls into them, on a slow machine too.
+STEPS = 200
 INSTALL_S = 900
 JOB_S = 2400
 RELEASE = "longshore"

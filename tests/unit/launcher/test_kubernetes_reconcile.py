@@ -229,6 +229,28 @@ async def test_a_pod_that_is_replaced_keeps_its_name_and_counts_a_restart(tmp_pa
         assert restarts == {"learner": 0, "generator-0": 0, "verifier-0": 0, "actor-0": 1, "actor-1": 0}
 
 
+async def test_a_learner_is_made_anew_for_a_new_image_unless_it_has_ended(tmp_path: Path) -> None:
+    bench = Bench()
+    plan = plan_in(tmp_path, bench.settings)
+    for ended in (False, True):
+        async with bench.watched(bench.fresh()) as launcher:
+            await launcher.apply("j-1", plan)
+            await bench.until(lambda: ("Job", "ls-j-1-learner") in bench.home.objects)
+            await bench.settled()
+        job = bench.home.objects["Job", "ls-j-1-learner"]
+        if ended:
+            job["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
+        before, tag = job["metadata"]["uid"], f"with-{ended}"
+        image = bench.settings.image.model_copy(update={"tag": tag})
+        bench.settings = bench.settings.model_copy(update={"image": image})
+        async with bench.watched(bench.fresh()) as launcher:
+            await launcher.apply("j-1", plan)
+            await bench.until(lambda: tag in str(bench.home.objects["Deployment", "ls-j-1-actor"]))  # noqa: B023 - at once
+            await bench.settled()
+        now = bench.home.objects["Job", "ls-j-1-learner"]
+        assert (now["metadata"]["uid"] == before, tag in str(now)) == (ended, not ended)
+
+
 async def test_a_learner_that_is_done_ends_the_job(tmp_path: Path) -> None:
     bench = Bench()
     async with bench.watched() as launcher:

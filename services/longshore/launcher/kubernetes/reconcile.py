@@ -19,6 +19,8 @@ from longshore.launcher.kubernetes.wanted import HASH_ANNOTATION, JOB_LABEL, Man
 Key = tuple[str, str]
 # Their pod template can't be changed: they are made anew. A learner that is stopped writes a checkpoint.
 REPLACED = frozenset({"Job", "JobSet"})
+# Conditions of a Job, and of a JobSet, that has ended.
+ENDS = frozenset({"Complete", "Completed", "Failed"})
 # Fixed once made: a claim that is larger or elsewhere is another claim.
 KEPT = frozenset({"PersistentVolumeClaim"})
 # What the launcher looks at and does not make.
@@ -86,7 +88,8 @@ def acts(
             continue
         elif _made_with(found) != _made_with(manifest):
             if key[0] in REPLACED:
-                deletes.append(key)
+                # One that has ended says how; it is not to run once more for a new image's sake.
+                deletes += [] if _has_ended(found) else [key]
             elif key[0] not in KEPT:
                 applies.append(manifest)
         elif marks.get(key) != mark_of(found) and key[0] not in KEPT:
@@ -105,6 +108,11 @@ def job_site(seen: Manifest) -> tuple[str, str]:
 
 def _made_with(manifest: Manifest) -> str:
     return str((manifest["metadata"].get("annotations") or {}).get(HASH_ANNOTATION, ""))
+
+
+def _has_ended(seen: Manifest) -> bool:
+    conditions = (seen.get("status") or {}).get("conditions") or ()
+    return any(one["type"] in ENDS and one.get("status") == "True" for one in conditions)
 
 
 def _goes(seen: Manifest) -> bool:
