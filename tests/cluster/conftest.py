@@ -2,7 +2,8 @@
 
 LONGSHORE_TEST_KUBECONFIG       the first one; its nodes find the images longshore-SERVICE:cluster and the broker's
 LONGSHORE_TEST_KUBECONFIG_WEST  the second one: objects and reconciliation only
-LONGSHORE_TEST_BRIDGE           an address of this machine that pods reach, for a first cluster that has no name service
+LONGSHORE_TEST_BRIDGE           an address of this machine that pods reach, for a first cluster without a name service,
+                                which bare.sh has readied
 """
 
 from __future__ import annotations

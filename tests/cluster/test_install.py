@@ -22,7 +22,7 @@ from . import names
 from .conftest import CHART, ROOT, VALUES, Cluster, until
 
 # So many that the upgrade falls into them, on a slow machine too.
-STEPS = 200
+STEPS = 120
 INSTALL_S = 900
 JOB_S = 2400
 RELEASE = "longshore"
@@ -167,6 +167,7 @@ def test_a_job_learns_through_an_upgrade_and_nothing_is_left(release: Release) -
                 "delete", "pods", "--selector", f"{OURS},app.kubernetes.io/component=generator", "--wait=false"
             )
             cluster.kubectl("delete", "service", "--selector", OURS)
+            pause_and_resume(cluster, client, job)
         until(
             lambda: state(client, job)["state"] == "succeeded", JOB_S, lambda: f"the job did not end: {pods(cluster)}"
         )
@@ -182,6 +183,17 @@ def test_a_job_learns_through_an_upgrade_and_nothing_is_left(release: Release) -
         until(lambda: not cluster.get(ALL, OURS), 180, lambda: f"left of the job: {cluster.get(ALL, OURS)}")
     cluster.helm("uninstall", RELEASE, "--wait")
     until(lambda: not left(cluster), 180, lambda: f"left of the release: {left(cluster)}")
+
+
+def pause_and_resume(cluster: Cluster, client: httpx.Client, job: str) -> None:
+    """A paused job has no pods; it goes on from its newest checkpoint."""
+    until(lambda: state(client, job)["state"] == "running", 600, "the job does not run")
+    assert client.post(f"/v1/jobs/{job}/pause").status_code in (200, 202)
+    until(lambda: state(client, job)["state"] == "paused", 600, lambda: f"it is not paused: {state(client, job)}")
+    assert not cluster.get("pods,jobs,deployments", OURS)
+    step = int(state(client, job)["progress"]["step"])
+    assert client.post(f"/v1/jobs/{job}/resume").status_code in (200, 202)
+    until(lambda: at_step(client, job, min(STEPS, step + 2)), JOB_S, "it does not go on")
 
 
 def left(cluster: Cluster) -> list[str]:

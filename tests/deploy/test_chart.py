@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cryptography import x509
 
 CHART = Path(__file__).parents[2] / "deploy" / "helm" / "longshore"
 PROFILES = sorted((CHART / "ci").glob("*-values.yaml"))
@@ -275,3 +277,64 @@ def test_the_other_kinds_are_as_their_operators_want_them() -> None:
     assert any(rule["alert"] == "LongshoreLedgerImbalance" for group in rules for rule in group["rules"])
     without = {document["kind"] for document in render("--values", str(CHART / "ci" / "home-full-values.yaml"))}
     assert not without & {"ServiceMonitor", "PrometheusRule"}, "made where nobody knows the kind"
+
+
+KUBERNETES = CHART / "ci" / "home-kubernetes-values.yaml"
+
+
+def test_the_gateway_takes_the_file_of_clusters_that_the_chart_makes(tmp_path: Path) -> None:
+    from longshore.launcher.kubernetes.cluster_settings import load_clusters
+
+    (given,) = (found for found in profile(KUBERNETES) if found["metadata"]["name"] == "rel-longshore-clusters")
+    path = tmp_path / "clusters.yaml"
+    path.write_text(given["data"]["clusters.yaml"])
+    settings = load_clusters(path)
+    home = settings.home
+    assert (home.namespace, home.release, home.tls_secret) == ("ns", "rel", "rel-longshore-tls")
+    # With a claim that many nodes can mount the learner may run anywhere.
+    assert not home.learner_beside_home
+    assert settings.clusters["west"].home_weights == "weights.example.com:7443"
+    documents = profile(KUBERNETES)
+    services = {found["metadata"]["name"] for found in documents if found["kind"] == "Service"}
+    assert home.weights.partition(".")[0] in services
+    (workload,) = (
+        found
+        for found in documents
+        if found["kind"] == "StatefulSet" and found["metadata"]["name"] == "rel-longshore-home"
+    )
+    assert home.owner is not None
+    assert (home.owner.kind, home.owner.name) == (workload["kind"], workload["metadata"]["name"])
+    assert home.home_claim == f"{workload['spec']['volumeClaimTemplates'][0]['metadata']['name']}-rel-longshore-home-0"
+
+
+def test_the_launcher_may_do_what_it_does_in_its_namespace_and_the_gateway_alone_has_the_token() -> None:
+    from longshore.launcher.kubernetes.cluster import _PLURALS
+
+    documents = profile(KUBERNETES)
+    (role,) = (found for found in documents if found["kind"] == "Role")
+    may = {resource: rule["verbs"] for rule in role["rules"] for resource in rule["resources"]}
+    for kind, plural in _PLURALS.items():
+        wanted = {"get", "list"} if kind == "Pod" else {"get", "list", "create", "patch", "delete"}
+        assert set(may[plural]) == wanted, kind
+    assert set(may) == set(_PLURALS.values()) | {"pods/log"}
+    assert not [found for found in documents if found["kind"].startswith("Cluster")]
+    ((_, spec),) = ((name, spec) for name, spec in pods(documents) if name == "rel-longshore-home")
+    having = {
+        container["name"]
+        for container in spec["containers"]
+        if any(mount["name"] in ("account", "kubeconfigs") for mount in container["volumeMounts"])
+    }
+    assert {container["name"] for container in spec["containers"]} == {"gateway", "weights"}
+    assert having == {"gateway"}
+
+
+def test_the_launcher_wants_tls_whose_certificate_names_the_pods_of_jobs() -> None:
+    done = helm("template", "rel", str(CHART), "--set", "launcher.kind=kubernetes")
+    assert done.returncode != 0
+    assert "pods of jobs reach each other over TLS" in done.stderr
+    (secret,) = (found for found in profile(KUBERNETES) if found["metadata"]["name"] == "rel-longshore-tls")
+    certificate = x509.load_pem_x509_certificate(base64.b64decode(secret["data"]["tls.crt"]))
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert {"localhost", "*.ns.svc", "rel-longshore-weights"} <= set(names.get_values_for_type(x509.DNSName))
+    authority = x509.load_pem_x509_certificate(base64.b64decode(secret["data"]["ca.crt"]))
+    certificate.verify_directly_issued_by(authority)

@@ -11,7 +11,7 @@ from longshore.launcher.fleet import Fleet
 
 if TYPE_CHECKING:
     from longshore.launcher.kubernetes.launcher import KubernetesLauncher
-    from longshore.launcher.kubernetes.watcher import Lag
+    from longshore.launcher.kubernetes.scaler import Lag
 
 WORKERS = "workers:"
 KUBERNETES = "kubernetes:"

@@ -13,7 +13,7 @@ from kube import MemoryCluster, cluster_settings, plan_in
 
 from longshore.errors import Rejected, Unavailable
 from longshore.launcher.kubernetes import launcher as launcher_module
-from longshore.launcher.kubernetes import pod_logs
+from longshore.launcher.kubernetes import pod_logs, scaler
 from longshore.launcher.kubernetes import watcher as watcher_module
 from longshore.launcher.kubernetes.launcher import KubernetesLauncher
 from longshore.launcher.kubernetes.scale import Demand
@@ -83,7 +83,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watcher_module, "SOON_S", 0.0)
     monkeypatch.setattr(watcher_module, "_FIRST_BACKOFF_S", 0.02)
     monkeypatch.setattr(watcher_module, "_MAX_BACKOFF_S", 0.05)
-    monkeypatch.setattr(watcher_module, "_SCALE_EVERY_S", 0.02)
+    monkeypatch.setattr(scaler, "LOOK_EVERY_S", 0.02)
     monkeypatch.setattr(pod_logs, "LOOK_EVERY_S", 0.05)
     monkeypatch.setattr(launcher_module, "TELL_EVERY_S", 0.02)
     monkeypatch.setattr(launcher_module, "FIRST_LOOK_S", 0.5)

@@ -21,8 +21,9 @@ from longshore.config import HOME_SITE
 from longshore.errors import Conflict, Rejected, Unavailable
 from longshore.launcher.kubernetes.cluster_settings import ClusterSettings, KubernetesSettings
 from longshore.launcher.kubernetes.lives import SiteStatus
+from longshore.launcher.kubernetes.scaler import Lag
 from longshore.launcher.kubernetes.wanted import JobTexts, site_work
-from longshore.launcher.kubernetes.watcher import ClusterApi, ClusterWatcher, Lag
+from longshore.launcher.kubernetes.watcher import ClusterApi, ClusterWatcher
 from longshore.launcher.spec import ProcessSpec, ProcessState, ProcessStatus, UnitState, UnitStatus
 from longshore.settings import JobFile
 

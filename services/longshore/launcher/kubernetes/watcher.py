@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -21,13 +21,13 @@ import structlog
 
 from longshore.errors import Rejected, Unavailable
 from longshore.launcher.kubernetes import metrics
-from longshore.launcher.kubernetes.cluster_settings import KubernetesSettings, Service
+from longshore.launcher.kubernetes.cluster_settings import KubernetesSettings
 from longshore.launcher.kubernetes.keda import KEDA
 from longshore.launcher.kubernetes.lives import PodSeen, SiteLives, SiteStatus, read_pod
 from longshore.launcher.kubernetes.manifests import Around, common_labels, manifests
 from longshore.launcher.kubernetes.pod_logs import PodLogs
 from longshore.launcher.kubernetes.reconcile import Acts, Key, Mark, acts, job_site, key_of, mark_of
-from longshore.launcher.kubernetes.scale import Demand, Steady, pods_for
+from longshore.launcher.kubernetes.scaler import Lag, Scaler
 from longshore.launcher.kubernetes.wanted import Manifest, SiteWork
 from longshore.launcher.spec import UnitState
 
@@ -38,7 +38,6 @@ LOOK_EVERY_S = 3.0
 SOON_S = 0.3
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 60.0
 _KINDS_FOR_S = 300.0
-_SCALE_EVERY_S = 10.0
 _ALWAYS = [
     ("v1", "ConfigMap"),
     ("v1", "Secret"),
@@ -52,9 +51,6 @@ _ALWAYS = [
 ]
 _JOBSET = "jobset.x-k8s.io/v1alpha2"
 _WHERE_KNOWN = [(_JOBSET, "JobSet"), (KEDA, "ScaledObject"), (KEDA, "TriggerAuthentication")]
-
-# Tickets of a job at a site. Raises Unavailable.
-Lag = Callable[[str, str, str], Awaitable[Demand]]
 
 
 class NoAnswer(Unavailable):
@@ -88,8 +84,6 @@ class _Job:
     status: SiteStatus | None = None
     # What of it the cluster will never take.
     refused: str = ""
-    replicas: dict[Service, int] = field(default_factory=dict)
-    steady: dict[Service, Steady] = field(default_factory=dict)
     trouble: tuple[str, ...] = ()
 
 
@@ -107,7 +101,6 @@ class ClusterWatcher:
         self._shared = shared
         self._settings = shared.clusters[site]
         self._cluster = cluster
-        self._lag = lag
         self._on_news = on_news
         self._jobs: dict[str, _Job] = {}
         self._removing: set[str] = set()
@@ -118,7 +111,7 @@ class ClusterWatcher:
         self._owner: Manifest | None = None
         self._marks: dict[Key, Mark] = {}
         self._logs = PodLogs()
-        self._next_scale = 0.0
+        self._scaler = Scaler(site, self._settings, lag)
 
     @property
     def away_s(self) -> float:
@@ -183,7 +176,8 @@ class ClusterWatcher:
         jobs, removing = dict(self._jobs), set(self._removing)
         await self._know_kinds()
         seen = await self._see()
-        await self._scale(jobs)
+        if KEDA not in self._kinds:
+            await self._scaler.look([job.work for job in jobs.values()])
         wanted = [manifest for job in jobs.values() for manifest in self._wanted(job, seen)]
         job_of = {key: job_site(found) for key, found in seen.items()}
         sites = {(job.work.unit, job.work.site) for job in jobs.values()}
@@ -223,7 +217,7 @@ class ClusterWatcher:
         anchor = seen.get(("ConfigMap", job.work.base))
         going = anchor is not None and anchor["metadata"].get("deletionTimestamp")
         reference = _reference(anchor) if anchor is not None and not going else None
-        around = Around(self._kinds, self._owner, reference, job.replicas)
+        around = Around(self._kinds, self._owner, reference, self._scaler.pods(job.work.unit))
         try:
             made = manifests(job.work, self._settings, self._shared, around)
         except Rejected as error:
@@ -273,38 +267,6 @@ class ClusterWatcher:
         if job is not None:
             job.refused = reason
 
-    async def _scale(self, jobs: Mapping[str, _Job]) -> None:
-        now = time.monotonic()
-        if now < self._next_scale or KEDA in self._kinds:
-            return
-        self._next_scale = now + _SCALE_EVERY_S
-        for job in jobs.values():
-            scaled: list[Service] = [
-                service
-                for service in ("actor", "generator")
-                if service in job.work.processes and self._settings.of(service).scale is not None
-            ]
-            if not scaled:
-                continue
-            try:
-                demand = await self._lag(job.work.unit, job.work.project, self.site)
-            except Unavailable as error:
-                log.warning("not scaled", job=job.work.unit, cluster=self.site, reason=str(error))
-                continue
-            for service in scaled:
-                self._scale_service(job, service, demand, now)
-
-    def _scale_service(self, job: _Job, service: Service, demand: Demand, now: float) -> None:
-        bounds = self._settings.of(service).scale
-        assert bounds is not None
-        resources = job.work.spec.resources_at(self.site)
-        each = resources.rollouts_per_actor if service == "actor" else resources.generator_slots
-        pods = job.steady.setdefault(service, Steady()).want(pods_for(demand, each, bounds), now)
-        if job.replicas.get(service) != pods:
-            log.info("scaled", job=job.work.unit, cluster=self.site, service=service, pods=pods, tickets=demand.tickets)
-        job.replicas[service] = pods
-        metrics.PODS_WANTED.labels(self.site, service, job.work.unit).set(pods)
-
     def _tell(self, jobs: Mapping[str, _Job], seen: Mapping[Key, Manifest]) -> None:
         pods = self._pods(seen)
         for unit, job in jobs.items():
@@ -313,7 +275,7 @@ class ClusterWatcher:
                 for key, found in seen.items()
                 if key[0] in ("Job", "JobSet") and key[1] == f"{job.work.base}-learner"
             ]
-            job.status = job.lives.look(job.work, pods.get(unit, ()), learners, job.replicas)
+            job.status = job.lives.look(job.work, pods.get(unit, ()), learners, self._scaler.pods(unit))
             if job.status.trouble != job.trouble:
                 job.trouble = job.status.trouble
                 log.warning("pods wait", job=unit, cluster=self.site, pods=job.trouble)
