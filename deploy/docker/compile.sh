@@ -9,7 +9,6 @@ import sys
 for name in (
     f"longshore.{sys.argv[1]}.service",
     "longshore.console.app",
-    "longshore.console.healthcheck",
     "longshore.launcher.waiting",
     "alembic.command",
     "aiosqlite",

@@ -66,6 +66,7 @@ RUN apt-get update -qq \
     && install -d -o 10001 -g 10001 -m 0700 /run/longshore /var/lib/longshore /var/lib/longshore/runs \
         /var/lib/longshore/state /var/lib/longshore/weights
 COPY --from=build /opt/longshore /opt/longshore
+COPY --chmod=0755 deploy/docker/healthcheck.py /opt/longshore/bin/healthcheck
 ENV PATH=/opt/longshore/bin:$PATH \
     HOME=/tmp \
     MPLCONFIGDIR=/tmp/matplotlib \
@@ -73,9 +74,10 @@ ENV PATH=/opt/longshore/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    LONGSHORE_METRICS_LISTEN=0.0.0.0:9100 \
     LONGSHORE_SERVICE=${SERVICE}
 USER 10001:10001
 WORKDIR /tmp
-HEALTHCHECK --interval=20s --timeout=20s --start-period=300s --retries=3 CMD ["longshore", "healthcheck"]
+HEALTHCHECK --interval=20s --timeout=20s --start-period=300s --retries=3 CMD ["healthcheck"]
 ENTRYPOINT ["longshore"]
 CMD ["serve"]

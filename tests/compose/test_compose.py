@@ -46,7 +46,7 @@ def test_an_image_runs_as_nobody_in_particular_and_holds_no_tools(images: Compos
     image = f"longshore-{service}:test"
     config = inspect("image", image)["Config"]
     assert config["User"] == "10001:10001"
-    assert config["Healthcheck"]["Test"] == ["CMD", "longshore", "healthcheck"]
+    assert config["Healthcheck"]["Test"] == ["CMD", "healthcheck"]
     look = "command -v gcc cc; find /opt/longshore -path '*/codec/_kernel.so'; id -u"
     said = docker("run", "--rm", "--entrypoint", "sh", image, "-c", look).split()
     # No compiler; the kernel that one made; the user.

@@ -30,9 +30,6 @@ Served = Annotated[Service, Parameter(env_var="LONGSHORE_SERVICE")]
 Waiting = Annotated[
     Literal["actor", "generator", "learner", "verifier"], Parameter(env_var="LONGSHORE_SERVICE", help="What it runs.")
 ]
-Address = Annotated[
-    str, Parameter(help="host:port or unix:PATH; by default where this container's own process listens.")
-]
 Home = Annotated[str, Parameter(help="Only for a relay: host:port of its home site's weight store.")]
 JobId = Annotated[str, Parameter(help="The id that `submit` printed.")]
 
@@ -380,14 +377,6 @@ def wait(service: Waiting, /) -> int:
         sys.stderr.write(f"longshore wait {service}: {error}\n")
         return 2
     return _end(code)
-
-
-@app.command(sort_key=14)
-def healthcheck(address: Address = "", /) -> int:
-    """Exit with 0 if the process at an address says that it serves, with 1 if not."""
-    from longshore.console import healthcheck
-
-    return healthcheck.check(address)
 
 
 def _end(code: int) -> NoReturn:

@@ -6,6 +6,7 @@ readiness by `set_serving`; the empty service name is SERVING while the process 
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from longshore.rpc.channel import LOOKAHEAD_BYTES, MAX_MESSAGE_BYTES, is_local
 from longshore.rpc.server_tls import ServerTls
 from longshore.rpc.site_guard import SiteGuard
 from longshore.sites.book import SiteBook
+from longshore.telemetry.health import HEALTH
 
 log = structlog.get_logger()
 
@@ -83,6 +85,7 @@ class RpcServer:
             self.address = f"{self.listen.rsplit(':', 1)[0]}:{port}"
         await self.server.start()
         await self.set_serving("", True)
+        HEALTH.serving(asyncio.get_running_loop())
         log.info("serving", address=self.address)
 
     def _bind(self) -> int:
@@ -106,6 +109,7 @@ class RpcServer:
 
     async def drain(self, grace_s: float) -> None:
         """Says NOT_SERVING, lets running calls finish for `grace_s` seconds, then ends them."""
+        HEALTH.ended()
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
 

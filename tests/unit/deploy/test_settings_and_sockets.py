@@ -1,20 +1,24 @@
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from longshore.console.healthcheck import own_address
 from longshore.errors import ConfigError
 from longshore.launcher.plan import Endpoints, JobPaths, plan_job
 from longshore.launcher.spec import ProcessSpec, Ready, ReadyKind
 from longshore.launcher.worker import foreign
-from longshore.launcher.worker_config import WorkerSettings
 from longshore.launcher.worker_sockets import WORKER_SERVICES, WorkerName, find_workers, on_sockets
+from longshore.rpc.server import RpcServer
 from longshore.settings import JobFile
+from longshore.telemetry import health
+from longshore.telemetry.health import HEALTH
+from longshore.telemetry.metrics import MetricsServer
 from longshore.weights.config import WeightsSettings
 
 ROOT = Path(__file__).parents[3]
@@ -42,22 +46,31 @@ def test_a_secret_comes_from_its_file_unless_the_variable_says_otherwise(
         WeightsSettings.from_environment()
 
 
-def test_a_health_check_asks_where_its_own_process_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("LONGSHORE_LISTEN", "LONGSHORE_SOCKETS_DIR", "LONGSHORE_SERVICE"):
-        monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(ConfigError, match="name an address"):
-        own_address()
-    monkeypatch.setenv("LONGSHORE_LISTEN", "0.0.0.0:7443")
-    assert own_address() == "localhost:7443"
-    monkeypatch.setenv("LONGSHORE_LISTEN", "unix:/run/weights.sock")
-    assert own_address() == "unix:/run/weights.sock"
-    monkeypatch.delenv("LONGSHORE_LISTEN")
-    monkeypatch.setenv("LONGSHORE_SOCKETS_DIR", str(tmp_path))
-    with pytest.raises(ConfigError, match="does not wait for jobs; actor, generator"):
-        own_address()
-    monkeypatch.setenv("LONGSHORE_SERVICE", "actor")
-    assert own_address() == WorkerSettings(sockets_dir=tmp_path).address("actor")
-    assert own_address().startswith(f"unix:{tmp_path}/actor.4.")
+async def test_a_health_check_hears_whether_the_process_serves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = script("deploy/docker/healthcheck.py")
+    metrics = MetricsServer("127.0.0.1:0", "test")
+    metrics.start()
+    rpc = RpcServer("127.0.0.1:0")
+    monkeypatch.setenv("LONGSHORE_METRICS_LISTEN", metrics.address)
+    try:
+        HEALTH.ended()
+        assert await asyncio.to_thread(check.main) == 1
+        assert "503" in capsys.readouterr().err
+        await rpc.start()
+        assert await asyncio.to_thread(check.main) == 0
+        # A loop that is stuck answers nobody.
+        monkeypatch.setattr(health, "_ANSWER_S", 0.05)
+        with ThreadPoolExecutor(1) as threads:
+            assert threads.submit(check.main).result(20) == 1
+        await rpc.drain(0.0)
+        assert await asyncio.to_thread(check.main) == 1
+    finally:
+        metrics.stop()
+    capsys.readouterr()
+    assert await asyncio.to_thread(check.main) == 1
+    assert "refused" in capsys.readouterr().err
 
 
 def test_sockets_take_the_place_of_the_ports_that_a_plan_leaves_open(tmp_path: Path) -> None:

@@ -112,21 +112,22 @@ envFrom:
 {{- end }}
 
 {{/* Kubelet's own gRPC probe knows no TLS and no sockets. */}}
+{{- /* Of a container whose metrics are at this named port: no process is started to ask. */ -}}
 {{- define "longshore.probes" -}}
 startupProbe:
-  exec: {command: [longshore, healthcheck]}
-  periodSeconds: 5
-  timeoutSeconds: 20
-  failureThreshold: 60
+  httpGet: {path: /healthz, port: {{ . }}}
+  periodSeconds: 2
+  timeoutSeconds: 10
+  failureThreshold: 150
 readinessProbe:
-  exec: {command: [longshore, healthcheck]}
-  periodSeconds: 20
-  timeoutSeconds: 20
+  httpGet: {path: /healthz, port: {{ . }}}
+  periodSeconds: 10
+  timeoutSeconds: 10
 livenessProbe:
-  exec: {command: [longshore, healthcheck]}
-  periodSeconds: 40
-  timeoutSeconds: 20
-  failureThreshold: 4
+  httpGet: {path: /healthz, port: {{ . }}}
+  periodSeconds: 20
+  timeoutSeconds: 10
+  failureThreshold: 6
 {{- end }}
 
 {{- define "longshore.tlsMount" -}}

@@ -196,12 +196,12 @@ def _ports(service: Service) -> list[Manifest]:
 
 
 def _probes() -> Manifest:
-    """Kubelet's own gRPC probe knows no TLS."""
-    check = {"exec": {"command": ["longshore", "healthcheck"]}, "timeoutSeconds": 20}
+    """A page, so that no process is started to ask; kubelet's own gRPC probe knows no TLS."""
+    check = {"httpGet": {"path": "/healthz", "port": "metrics"}, "timeoutSeconds": 10}
     return {
-        "startupProbe": {**check, "periodSeconds": 5, "failureThreshold": 60},
-        "readinessProbe": {**check, "periodSeconds": 20},
-        "livenessProbe": {**check, "periodSeconds": 40, "failureThreshold": 4},
+        "startupProbe": {**check, "periodSeconds": 2, "failureThreshold": 150},
+        "readinessProbe": {**check, "periodSeconds": 10},
+        "livenessProbe": {**check, "periodSeconds": 20, "failureThreshold": 6},
     }
 
 
