@@ -260,19 +260,15 @@ async def test_sites_are_listed_with_how_they_are(home: HomeSite, capsys: pytest
     ]
 
 
-async def test_an_unsound_request_joins_nobody(home: HomeSite) -> None:
-    async with home.api() as client:
-        for request in ("", "x", "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n"):
-            with pytest.raises(LongshoreError, match="certificate request"):
-                await client.join_site(SITE, request, "default")
-        assert (await client.joined_sites())["sites"] == []
-        with pytest.raises(Conflict, match="home site's own name"):
-            await client.join_site("home", make_request("home")[1].decode())
-
-
-async def test_a_home_whose_broker_is_open_or_that_takes_no_sites(home: HomeSite) -> None:
+async def test_who_cannot_join(home: HomeSite) -> None:
+    """Nor can anybody where the broker is open to all, or where no sites are taken."""
     request = make_request(SITE)[1].decode()
     async with home.api() as client:
+        for unsound in ("", "x", "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n"):
+            with pytest.raises(LongshoreError, match="certificate request"):
+                await client.join_site(SITE, unsound, "default")
+        with pytest.raises(Conflict, match="home site's own name"):
+            await client.join_site("home", request)
         await home.gateway.redis.config_set("requirepass", "")
         with pytest.raises(Conflict, match="give its default user a password"):
             await client.join_site(SITE, request)
