@@ -102,16 +102,21 @@ def _time_to_reward(report: Report, name: str, pairs: Sequence[Pair]) -> None:
     found, told = [], []
     for pair in pairs:
         ours, theirs = (side.reached(target, WINDOW) for side in (pair.longshore, pair.trl))
-        if ours is None or theirs is None:
+        if theirs is None:
+            told.append("TRL never")
+            continue
+        if ours is None:
+            found.append(0.0)
+            told.append("Longshore never")
             continue
         seconds, other = pair.longshore.seconds[ours], pair.trl.seconds[theirs]
         found.append(other / seconds)
         told.append(f"{seconds:.0f} s against {other:.0f} s, step {ours + 1} against {theirs + 1}")
     if found:
-        against = f"TRL's; {'; '.join(told)}; {len(found)} of {len(pairs)} seeds"
+        against = f"TRL's; {'; '.join(told)}"
         report.add(title, statistics.median(found), "x sooner", against=against, at_least=1.0)
     else:
-        report.skip(title, "a side did not reach it in its budget")
+        report.skip(title, "TRL did not reach it in its budget")
 
 
 def _held_out(report: Report, name: str, pairs: Sequence[Pair]) -> None:
