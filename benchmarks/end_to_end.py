@@ -23,7 +23,7 @@ sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import Report, parser, run
-from benchmarks.end_to_end_course import ALPHABET, FIRST_LIGHT, QUICK, job_of
+from benchmarks.end_to_end_course import ALPHABET, FIRST_LIGHT, NUM_HELDOUT, QUICK, job_of
 from benchmarks.end_to_end_sides import Learned, heldout_rewards, make_course, train_longshore, train_trl
 from longshore.learner.intervals import bootstrap
 
@@ -71,7 +71,7 @@ def _pair(report: Report, name: str, home: Path, seed: int) -> Pair:
     folder.mkdir()
     report.note(f"{name}, seed {seed}: the checkpoint that both begin with")
     course = make_course(job_of(name, folder, seed), folder)
-    number = 100 if name == QUICK else 500
+    number = NUM_HELDOUT[name]
     report.note(f"{name}, seed {seed}: Longshore")
     ours = train_longshore(course, folder)
     report.note(f"{name}, seed {seed}: Longshore {ours.rate:,.0f} tokens/s ({ours.detail}); now TRL")

@@ -30,7 +30,7 @@ from longshore.types import Message, Task
 ROOT = Path(__file__).resolve().parent.parent
 # As the learner service does: training tasks that a new model's tokenizer is made from.
 TOKENIZER_TASKS = 2000
-NUM_TASKS, MEAN_REPLY, LONGEST_REPLY = 6000, 12, 96
+NUM_TASKS, MEAN_REPLY, LONGEST_REPLY = 12_000, 12, 96
 LETTERS = [chr(0x4E00 + place) for place in range(96)]
 
 _ALPHABET: dict[str, Any] = {
@@ -45,7 +45,7 @@ _ALPHABET: dict[str, Any] = {
         "max_context": 112,
         "rope_theta": 100,
     },
-    "tasks": {"source": "jsonl", "heldout_fraction": 0.1},
+    "tasks": {"source": "jsonl", "heldout_fraction": 0.2},
     "verifier": {"name": "exact-match"},
     "sampling": {"temperature": 1.0, "max_new_tokens": 104},
     "warm_start": {
@@ -89,6 +89,8 @@ _QUICK: dict[str, Any] = {
     "train": {**_ALPHABET["train"], "steps": 12, "groups_per_step": 8, "group_size": 4, "learning_rate": 1e-3},
 }
 ALPHABET, FIRST_LIGHT, QUICK = "alphabet", "first-light", "quick"
+# Held-out tasks that a policy is judged by; there are some 2800 different tasks of the alphabet, a fifth held out.
+NUM_HELDOUT = {ALPHABET: 400, FIRST_LIGHT: 500, QUICK: 100}
 
 
 @dataclass(frozen=True)

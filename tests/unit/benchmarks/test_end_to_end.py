@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.end_to_end_course import ALPHABET, FIRST_LIGHT, LETTERS, QUICK, Course, job_of, learning_rate
+from benchmarks.end_to_end_course import (
+    ALPHABET,
+    FIRST_LIGHT,
+    LETTERS,
+    NUM_HELDOUT,
+    QUICK,
+    Course,
+    job_of,
+    learning_rate,
+)
 from benchmarks.end_to_end_sides import Learned
 from longshore.config import parse_job
 from longshore.learner.trainer import Trainer
@@ -41,9 +50,9 @@ def test_both_sides_have_the_learners_rates(name: str, tmp_path: Path) -> None:
 
 def test_tasks_are_the_letters_from_one_to_another_and_held_out_ones_are_not_trained_on(tmp_path: Path) -> None:
     course = Course(job_of(ALPHABET, tmp_path, 0))
-    train, heldout = course.train_tasks(500), course.heldout(100)
+    train, heldout = course.train_tasks(500), course.heldout(NUM_HELDOUT[ALPHABET])
 
-    assert len(heldout) == 100
+    assert len(heldout) == NUM_HELDOUT[ALPHABET]
     assert not {task.messages[-1].content for task in train} & {task.messages[-1].content for task in heldout}
     for task in train + heldout:
         first, last = (LETTERS.index(letter) for letter in task.messages[-1].content)
