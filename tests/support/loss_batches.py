@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from longshore.learner.batch_loss import BatchLoss, Others, Scores
+from longshore.learner.objectives.normalise import totals_of, trained_before
 from longshore.learner.objectives.registry import build_objective
 from longshore.learner.sequences import TrainSequence
 from longshore.learner.streams import streams_of
@@ -36,7 +37,7 @@ def loss_of(spec, sequences, logps, parts, others=None):
     """Loss, gradient and metrics of a batch whose log-probs are `logps` (a list a sequence), computed in `parts` (each
     a list of sequence numbers)."""
     parameters = [torch.tensor(values, dtype=torch.float32, requires_grad=True) for values in logps]
-    loss = BatchLoss(spec, build_objective(spec.objective), sequences, 7, LIMIT)
+    loss = BatchLoss(spec, build_objective(spec.objective), totals_of(sequences), trained_before(sequences), 7, LIMIT)
     passes = []
     for part in parts:
         logp = torch.cat([parameters[number] for number in part])

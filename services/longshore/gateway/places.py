@@ -68,7 +68,7 @@ def needs_of(spec: JobSpec) -> Use:
     """What a job takes: the generators of each site that has actors; the GPUs of its learner, and of vLLM's engines."""
     sites = [spec.resources_at(name) for name in ("home", *(site.name for site in spec.sites))]
     generators = sum(resources.generators for resources in sites if resources.actors)
-    gpus = int(spec.train.compute.device == "cuda")
+    gpus = spec.train.processes if spec.train.compute.device == "cuda" else 0
     if spec.generator.engine == "vllm":
         gpus += generators * spec.generator.tensor_parallel
     return Use(1, generators, gpus)

@@ -193,13 +193,24 @@ class Child:
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """Processor time that a process has used; None where that cannot be told, or when it has gone."""
+    """Processor time that a process and those that it has started have used; None where that cannot be told, or when
+    it has gone."""
     try:
         # The name in brackets may hold anything; user and system time are the 12th and 13th fields behind it.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return used + sum(cpu_seconds(child) or 0.0 for child in _children(pid))
+
+
+def _children(pid: int) -> list[int]:
+    """Pids of what a process has started and is still there; none where the kernel does not tell."""
+    try:
+        listed = [(thread / "children").read_text() for thread in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return []
+    return [int(child) for line in listed for child in line.split()]
 
 
 def _kill_group(pid: int) -> None:

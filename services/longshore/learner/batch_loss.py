@@ -7,7 +7,7 @@ first gradient: the scales of normalisation from counts alone, masks and baselin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -16,11 +16,10 @@ from longshore.config import TrainSpec
 from longshore.config_credit import Gae
 from longshore.learner.health import TokenHealth
 from longshore.learner.objectives.kl import kl_term
-from longshore.learner.objectives.normalise import scales, totals_of
+from longshore.learner.objectives.normalise import Totals, scales
 from longshore.learner.objectives.registry import Objective
 from longshore.learner.objectives.tokens import TokenBatch
 from longshore.learner.objectives.variance import ess_share, optimal_baseline, squared_gradients, step_scale
-from longshore.learner.sequences import TrainSequence
 from longshore.learner.streams import TokenStreams
 from longshore.learner.value_head import generalised_advantages
 
@@ -74,6 +73,16 @@ class LossSums:
     # log s of each sequence.
     log_ratios: list[Tensor] = field(default_factory=list)
 
+    def add(self, other: LossSums) -> None:
+        """Takes in the sums over other tokens of the step."""
+        self.ratio_max = max(self.ratio_max, other.ratio_max)
+        for name in _SUMMED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.log_ratios += other.log_ratios
+
+
+_SUMMED = [item.name for item in fields(LossSums) if item.name not in ("ratio_max", "log_ratios")]
+
 
 class BatchLoss:
     """The loss of one batch, pass by pass."""
@@ -82,7 +91,8 @@ class BatchLoss:
         self,
         spec: TrainSpec,
         objective: Objective,
-        sequences: Sequence[TrainSequence],
+        totals: Totals,
+        again: Tensor,
         policy_version: int,
         reply_limit: int | None,
     ) -> None:
@@ -90,19 +100,19 @@ class BatchLoss:
         Args:
             spec: of the job.
             objective: the one that `spec` names.
-            sequences: the whole batch.
+            totals: of the whole batch.
+            again: [sequences] bool, whether a sequence's rollout was trained on before.
             policy_version: version of the weights before this step.
             reply_limit: the most tokens that a rollout can have sampled, for normalisation by a constant.
         """
         self._spec, self._objective = spec, objective
         self._version, self._reply_limit = policy_version, reply_limit
-        self._totals = totals_of(sequences)
+        self._totals = totals
         # Of the passes in their order, once there was a preview.
         self._keep: list[Tensor] | None = None
         self._advantages: list[Tensor] | None = None
         self._returns: list[Tensor] | None = None
-        # [sequences] whether its rollout was trained on before; None: none was.
-        again = torch.tensor([sequence.use > 1 for sequence in sequences], dtype=torch.bool)
+        # None: none was.
         self._again = again if bool(again.any()) else None
         self.sums = LossSums()
         self.health = TokenHealth()
@@ -175,6 +185,33 @@ class BatchLoss:
             self.sums.returns += float(returns.sum())
             self.sums.return_squares += float(returns.square().sum())
         return 0.5 * self._spec.credit.value_coefficient * errors.square()
+
+    def numbers(self) -> Tensor:
+        """[L] float64: what this process's passes have come to, for the processes that had the others."""
+        sums, odd = self.sums, sorted(self.not_finite)
+        scalars = [sums.ratio_max, *(float(getattr(sums, name)) for name in _SUMMED), float(len(odd)), *odd]
+        return torch.cat(
+            [
+                torch.tensor(scalars, dtype=torch.float64),
+                self.health.numbers(),
+                *(one.double() for one in sums.log_ratios),
+            ]
+        )
+
+    def take_in(self, parts: Sequence[Tensor]) -> None:
+        """From here on the sums are those of all passes, given the `numbers` of every process, this one's too."""
+        self.sums, self.health = LossSums(), TokenHealth()
+        for part in parts:
+            at = 1 + len(_SUMMED)
+            scalars, odd = part[:at].tolist(), int(part[at])
+            other = LossSums(ratio_max=scalars[0])
+            for name, value in zip(_SUMMED, scalars[1:], strict=True):
+                setattr(other, name, value)
+            self.not_finite.update(int(position) for position in part[at + 1 : at + 1 + odd])
+            rest = part[at + 1 + odd :]
+            self.health.take_in(rest[: TokenHealth.NUMBERS])
+            other.log_ratios = [rest[TokenHealth.NUMBERS :].float()] if rest.numel() > TokenHealth.NUMBERS else []
+            self.sums.add(other)
 
     def step_scale(self) -> float:
         """What the learning rate of this step is multiplied by; known after the last pass."""

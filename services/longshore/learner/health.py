@@ -31,6 +31,9 @@ def bucket_of(value: int, edges: Sequence[int]) -> int:
 class TokenHealth:
     """Sums over the tokens of one step. Each row of `_sums` is [buckets + 1]: the ages, and all that was replayed."""
 
+    # How many `numbers` are.
+    NUMBERS = 4 * (len(AGE_EDGES) + 1)
+
     def __init__(self) -> None:
         self._sums: Tensor | None = None
 
@@ -51,6 +54,17 @@ class TokenHealth:
         sums[:, :-1].index_add_(1, buckets, rows)
         if again is not None:
             sums[:, -1] = (rows * again).sum(dim=1)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def numbers(self) -> Tensor:
+        """[NUMBERS] float64 on the CPU, for another process's `take_in`."""
+        if self._sums is None:
+            return torch.zeros(self.NUMBERS, dtype=torch.float64)
+        return self._sums.cpu().reshape(-1)
+
+    def take_in(self, numbers: Tensor) -> None:
+        """Adds what other passes have come to."""
+        sums = numbers.view(4, -1)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def metrics(self) -> dict[str, float]:

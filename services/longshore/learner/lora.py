@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from longshore.config import LoraSpec
 from longshore.errors import ConfigError
+from longshore.learner.ranks.ranks import ALONE, Ranks
+from longshore.learner.ranks.sharding import is_shared_out, local, scattered, whole
 from longshore.weight_store.codec.adapter import merge
 from longshore.weights.client import Product
 from longshore.weights.client import Tensor as Published
@@ -38,18 +40,19 @@ _ADAPTER = "default"
 class Adapters:
     """The adapters of one policy, which has them inside from here on."""
 
-    def __init__(self, policy: PreTrainedModel, spec: LoraSpec, seed: int) -> None:
+    def __init__(self, policy: PreTrainedModel, spec: LoraSpec, seed: int, ranks: Ranks = ALONE) -> None:
         """
         Args:
             policy: is changed: its projections get adapters, and nothing else of it is trained.
             seed: of the adapters' first weights.
+            ranks: those that will share the policy out; the leader has its weights.
 
         Raises:
             ConfigError: peft is not installed, or the policy has no such projections.
         """
         peft = _peft()
         _check_targets(policy, spec)
-        self.base_digest = _digest(policy)
+        self.base_digest = _digest(policy) if ranks.is_leader else ""
         config = peft.LoraConfig(
             r=spec.rank,
             lora_alpha=spec.alpha,
@@ -60,9 +63,12 @@ class Adapters:
         torch.manual_seed(seed)
         self._inside = peft.get_peft_model(policy, config)
 
-    def save(self, folder: Path) -> None:
-        """Writes the adapters as peft does: adapter_config.json and adapter_model.safetensors."""
-        self._inside.save_pretrained(folder, safe_serialization=True)
+    def save(self, folder: Path, ranks: Ranks = ALONE) -> None:
+        """Writes the adapters as peft does: adapter_config.json and adapter_model.safetensors. On every rank."""
+        trained = ((name, whole(value.detach())) for name, value in trained_parameters(self._inside))
+        weights = {name: value.cpu() for name, value in trained if ranks.is_leader}
+        if ranks.is_leader:
+            self._inside.save_pretrained(folder, safe_serialization=True, state_dict=weights)
 
 
 def trained_parameters(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -88,20 +94,23 @@ def has_adapters(policy: nn.Module) -> bool:
 
 
 def parts(policy: nn.Module) -> Iterator[Part]:
-    """The parameters of the ordinary model, tied ones once."""
-    layers = dict(_layers(policy))
-    for name, parameter in policy.named_parameters():
-        if name.partition(".lora_")[0] in layers:
-            continue
-        owner, wrapped, last = name.rpartition(f"{_WRAPPED}.")
-        outer = _outer(name)
-        product = _product(outer, layers[owner]) if wrapped and last == "weight" else None
-        yield Part(outer, parameter.detach(), product)
+    """The parameters of the ordinary model, tied ones once; one at a time, whole also where ranks share them out."""
+    for name, parameter, layer in _ordinary(policy):
+        product = None if layer is None else _product(name, layer)
+        yield Part(name, whole(parameter.detach()), product)
 
 
 def merged_parameters(policy: nn.Module) -> dict[str, Tensor]:
     """Name -> value of the ordinary model, adapters added; tied weights once. Not to be written to."""
-    return {part.name: _merged(part) for part in parts(policy)}
+    return {part.name: merged(part) for part in parts(policy)}
+
+
+def merged(part: Part) -> Tensor:
+    """A parameter of the ordinary model, adapters added. Not to be written to."""
+    if part.product is None:
+        return part.value
+    (value,) = merge([as_published(part.name, part.value)], [part.product])
+    return from_published(value).to(part.value.device)
 
 
 def as_published(name: str, value: Tensor) -> Published:
@@ -120,7 +129,7 @@ def from_published(tensor: Published) -> Tensor:
 
 
 def _product(name: str, layer: Any) -> Product | None:
-    down, up = layer.lora_A[_ADAPTER].weight.detach(), layer.lora_B[_ADAPTER].weight.detach()
+    down, up = (whole(side[_ADAPTER].weight.detach()) for side in (layer.lora_A, layer.lora_B))
     if not bool(up.any()):
         return None
     return Product(
@@ -128,32 +137,54 @@ def _product(name: str, layer: Any) -> Product | None:
     )
 
 
-def _merged(part: Part) -> Tensor:
-    if part.product is None:
-        return part.value
-    (whole,) = merge([as_published(part.name, part.value)], [part.product])
-    return from_published(whole).to(part.value.device)
-
-
 class holding:  # noqa: N801 - used as a context manager, reads as a verb
-    """Runs a block with other weights in a policy, by the names of `merged_parameters`; its adapters add nothing."""
+    """Runs a block with other weights in a policy, by the names of `merged_parameters`; its adapters add nothing.
+
+    Of a policy that ranks share out, the leader has the values, of every parameter, and each rank gets its shares.
+    """
 
     def __init__(self, policy: nn.Module, values: dict[str, Tensor]) -> None:
         self._policy = policy
         self._values = values
 
     def __enter__(self) -> None:
-        self._kept = [(parameter, parameter.data) for parameter in self._policy.parameters()]
+        self._kept: list[tuple[nn.Parameter, Tensor]] = []
         for name, parameter in self._policy.named_parameters():
             value = self._values.get(_outer(name))
-            if value is not None:
-                parameter.data = value
-            elif ".lora_B." in name:
-                parameter.data = torch.zeros_like(parameter)
+            if ".lora_B." in name:
+                self._kept.append((parameter, _exchanged(parameter, torch.zeros_like(local(parameter)))))
+            elif ".lora_A." in name:
+                continue
+            elif is_shared_out(parameter):
+                self._kept.append((parameter, _exchanged(parameter, scattered(value, parameter))))
+            elif value is not None:
+                self._kept.append((parameter, _exchanged(parameter, value)))
 
     def __exit__(self, *error: object) -> None:
         for parameter, data in self._kept:
-            parameter.data = data
+            _exchanged(parameter, data)
+
+
+def _exchanged(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Puts a value into a parameter, or this rank's share into its share; returns what was there."""
+    if not is_shared_out(parameter):
+        before = parameter.data
+        parameter.data = value
+        return before
+    # FSDP gathers from the memory that it knows.
+    own = local(parameter)
+    before = own.clone()
+    own.copy_(value)
+    return before
+
+
+def _ordinary(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter, Any]]:
+    """The parameters of the ordinary model: name there, the policy's own parameter, the layer of its adapter if any."""
+    layers = dict(_layers(policy))
+    for name, parameter in policy.named_parameters():
+        if name.partition(".lora_")[0] not in layers:
+            owner, wrapped, last = name.rpartition(f"{_WRAPPED}.")
+            yield _outer(name), parameter, layers[owner] if wrapped and last == "weight" else None
 
 
 def _outer(name: str) -> str:

@@ -26,8 +26,9 @@ from transformers.utils import logging as transformers_logging
 from longshore.config import JobSpec
 from longshore.config_model import DirectoryModel, GgufModel, HubModel, NewModel
 from longshore.errors import ConfigError
-from longshore.learner.lora import merged_parameters
+from longshore.learner.lora import merged, parts
 from longshore.learner.model_sources import ASSET_FILES, checkpoint_folder
+from longshore.learner.ranks.ranks import ALONE, Ranks
 from longshore.model_files import checkpoint_faults
 from longshore.types import Task
 
@@ -143,10 +144,16 @@ def _named(model: DirectoryModel | HubModel | GgufModel) -> str:
     return f"model.name {model.name}" if isinstance(model, HubModel) else f"model.path {model.path}"
 
 
-def save_checkpoint(policy: torch.nn.Module, assets: dict[str, bytes], folder: Path) -> None:
-    """Writes a Hugging Face checkpoint: what `AutoModelForCausalLM.from_pretrained` loads. Adapters are merged in."""
+def save_checkpoint(policy: torch.nn.Module, assets: dict[str, bytes], folder: Path, ranks: Ranks = ALONE) -> None:
+    """Writes a Hugging Face checkpoint: what `AutoModelForCausalLM.from_pretrained` loads. Adapters are merged in.
+
+    On every rank of those that share the policy out; the leader writes.
+    """
+    weights = {part.name: merged(part).cpu() for part in parts(policy) if ranks.is_leader}
+    if not ranks.is_leader:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    policy.save_pretrained(folder, state_dict=merged_parameters(policy), safe_serialization=True)
+    policy.save_pretrained(folder, state_dict=weights, safe_serialization=True)
     for name, content in assets.items():
         # The weights were saved with their own config; the tokenizer files are added.
         if name not in ("config.json", "generation_config.json"):

@@ -19,6 +19,10 @@ from transformers import PreTrainedModel
 from longshore.errors import ConfigError
 from longshore.learner import tree_attention
 from longshore.learner.batch import MicroBatch
+from longshore.learner.ranks.messages import Message
+from longshore.learner.ranks.ranks import ALONE, Ranks
+from longshore.learner.ranks.sharding import as_forward, local, shard
+from longshore.learner.ranks.work import nothing
 from longshore.learner.sending import sent
 from longshore.learner.token_head import token_logprobs
 from longshore.learner.token_tree import TokenTree, plant
@@ -60,6 +64,7 @@ class PolicyCompute:
         dtype: torch.dtype = torch.float32,
         pack_tokens: int = 4096,
         compiled: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         """
         Args:
@@ -68,6 +73,7 @@ class PolicyCompute:
             dtype: float32 or bfloat16, of weights and activations in the forward and backward pass.
             pack_tokens: token budget of a pack.
             compiled: whether the decoder's blocks are compiled.
+            ranks: those that share the policy out, all of which make one of these; the leader's has the weights.
 
         Raises:
             ConfigError: the device is not there, or the model gives other log-probs for packs.
@@ -78,16 +84,26 @@ class PolicyCompute:
         self.pack_tokens = pack_tokens
         policy.set_attn_implementation(tree_attention.NAME)
         # None: the layers attend to everything before.
-        self._window = min(_prove(policy), default=None)
-        policy.to(device)
+        window = min(_prove(policy), default=None) if ranks.is_leader else None
+        self._window = _agreed(window, ranks)
+        if ranks.size == 1:
+            policy.to(device)
         self.device = torch.device(device)
-        self._model = policy if dtype == torch.float32 else self._copy(dtype)
+        self._model = policy if dtype == torch.float32 else _copied(policy, dtype)
+        # Known by the names of their classes, which sharding changes.
+        blocks = {id(model): _blocks(model) for model in (policy, self._model)}
         if compiled:
             # Every size of a pack is compiled for, with gradients and without; beyond the limit nothing would be.
             limits = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, 4 * SIZES_OF_A_PACK)
-            for block in _blocks(self._model):
+            for block in blocks[id(self._model)]:
                 block.compile(dynamic=False)
+        if ranks.size > 1:
+            for model in {id(policy): policy, id(self._model): self._model}.values():
+                shard(model, blocks[id(model)], ranks, device)
+        if self._model is not policy:
+            _follow(self._model, policy)
+        self._forward = as_forward(self._model, _scores)
 
     def scores(self, micro: MicroBatch) -> TokenScores:
         """What a pass over a micro-batch, which is on `device`, tells of its sampled tokens."""
@@ -96,11 +112,12 @@ class PolicyCompute:
                 f"the model attends within a window of {self._window} tokens, which packs do not know; "
                 f"a sequence of this batch has {micro.tree.longest}"
             )
-        hidden = _hidden(self._model, self._pack(micro.tree))
-        # The backward of index_select adds in a fixed order; that of indexing does not.
-        chosen = hidden.index_select(0, micro.places)
-        weight = self._model.get_output_embeddings().weight
-        return TokenScores(*token_logprobs(chosen, weight, micro.targets, micro.streams.temperature), chosen)
+        scores: TokenScores = self._forward(self._pack(micro.tree), micro)
+        return scores
+
+    def nothing(self) -> MicroBatch:
+        """The smallest pass there is, for a rank that has no pack while others have."""
+        return nothing().to(self.device)
 
     def padded(self, tree: TokenTree) -> int:
         """Places that are computed for a tree."""
@@ -114,17 +131,9 @@ class PolicyCompute:
         self._model.train()
         if self._model is not self.policy:
             with torch.no_grad():
-                torch._foreach_copy_(list(self._model.parameters()), list(self.policy.parameters()))
-
-    def _copy(self, dtype: torch.dtype) -> PreTrainedModel:
-        model = copy.deepcopy(self.policy)
-        for master, parameter in zip(self.policy.parameters(), model.parameters(), strict=True):
-            # Buffers, such as the rotary frequencies, keep their precision.
-            parameter.data = parameter.data.to(dtype)
-            parameter.requires_grad_(master.requires_grad)
-            if master.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_to_master(master))
-        return model
+                torch._foreach_copy_(
+                    *([local(one) for one in model.parameters()] for model in (self._model, self.policy))
+                )
 
     def _pack(self, tree: TokenTree) -> _Pack:
         if self.device.type == "cpu":
@@ -135,6 +144,37 @@ class PolicyCompute:
         rows[1, 0, : tree.size] = torch.from_numpy(tree.positions)
         input_ids, position_ids = sent(rows, self.device)
         return _Pack(input_ids, position_ids, tree_attention.block_mask(tree, size, self.device))
+
+
+def _copied(policy: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    model = copy.deepcopy(policy)
+    for master, parameter in zip(policy.parameters(), model.parameters(), strict=True):
+        # Buffers, such as the rotary frequencies, keep their precision.
+        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(master.requires_grad)
+    return model
+
+
+def _follow(model: PreTrainedModel, policy: PreTrainedModel) -> None:
+    """Each gradient of the copy goes to the policy's own parameter."""
+    for master, parameter in zip(policy.parameters(), model.parameters(), strict=True):
+        if master.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_to_master(master))
+
+
+def _agreed(window: int | None, ranks: Ranks) -> int | None:
+    """The leader's finding, on every rank."""
+    told = ranks.shared(Message("window", {"window": window}) if ranks.is_leader else None).told["window"]
+    assert told is None or isinstance(told, int)
+    return told
+
+
+def _scores(model: PreTrainedModel, pack: _Pack, micro: MicroBatch) -> TokenScores:
+    hidden = _hidden(model, pack)
+    # The backward of index_select adds in a fixed order; that of indexing does not.
+    chosen = hidden.index_select(0, micro.places)
+    weight = model.get_output_embeddings().weight
+    return TokenScores(*token_logprobs(chosen, weight, micro.targets, micro.streams.temperature), chosen)
 
 
 def _on_cpu(tree: TokenTree) -> _Pack:

@@ -18,7 +18,8 @@ import torch
 from longshore.errors import NotFound
 from longshore.learner.disk import when_there_is_room
 from longshore.learner.durable_lines import append_line, read_lines
-from longshore.learner.published import probe, published
+from longshore.learner.published import Weights, probe, published
+from longshore.learner.ranks.ranks import ALONE, Ranks
 from longshore.signing import SigningKey
 from longshore.weight_store.version import EVALUATED
 from longshore.weights.client import Beside, CanaryProbe, Tensor, VersionDraft, WeightsClient, checksum_of
@@ -68,6 +69,7 @@ class Publisher:
         dtype: str,
         canary: list[int],
         log: VersionLog,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._client = client
         self._key_file = key_file
@@ -75,6 +77,7 @@ class Publisher:
         self._dtype = dtype
         self._canary = canary
         self._log = log
+        self._ranks = ranks
         self._running: asyncio.Task[None] | None = None
         # Highest version that exists: numbers up to it are taken.
         self._taken = -1
@@ -102,7 +105,7 @@ class Publisher:
         that version; other weights get the first free number (law 5).
         """
         await self.wait()
-        weights = await asyncio.to_thread(published, policy, self._dtype, self._canary, self._base)
+        weights = await asyncio.to_thread(self._published, policy)
         checksum = await asyncio.to_thread(checksum_of, weights.tensors)
         if version <= self._taken:
             # After a warm start version 0 is the model before it, and version 1 what it gave.
@@ -138,11 +141,19 @@ class Publisher:
         if own == checksum:
             return None
         # Something was trained before anything was published: a warm start.
-        canary = await asyncio.to_thread(probe, policy, base, self._canary)
+        canary = await asyncio.to_thread(self._probed, policy, base)
         key = await asyncio.to_thread(SigningKey.load, self._key_file)
         await self._take(version, own)
         await self._client.publish(key, _draft(version, lineage, canary), base, self._assets, heads=False)
         return version
+
+    def _published(self, policy: torch.nn.Module) -> Weights:
+        with self._ranks.command("publish", {"dtype": self._dtype, "canary": self._canary}):
+            return published(policy, self._dtype, self._canary, self._base, self._ranks)
+
+    def _probed(self, policy: torch.nn.Module, base: Sequence[Tensor]) -> CanaryProbe:
+        with self._ranks.command("probe", {"canary": self._canary}):
+            return probe(policy, base, self._canary)
 
     async def _take(self, version: int, checksum: str) -> None:
         self._taken = max(self._taken, version)

@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from longshore.config import WarmStartSpec
 from longshore.errors import ConfigError
 from longshore.learner.lora import trained_parameters
+from longshore.learner.ranks.messages import Message
+from longshore.learner.ranks.ranks import ALONE, Ranks
 from longshore.tasks.rendering import Renderer
 from longshore.types import Task
 
@@ -54,26 +57,47 @@ def warm_start(
     examples: Iterator[list[int]],
     spec: WarmStartSpec,
     report: Callable[[int, float], bool],
+    ranks: Ranks = ALONE,
 ) -> None:
     """Trains `policy` in place by next-token cross-entropy on the answers.
 
-    `report(step, loss)` is called after each step; when it says False, training ends there.
+    `report(step, loss)` is called after each step; when it says False, training ends there. Of ranks that share the
+    policy out each takes part, and the leader alone has examples and is asked.
     """
     trained = [parameter for _, parameter in trained_parameters(policy)]
     optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / spec.steps, step))
     device = next(policy.parameters()).device
     policy.train()
-    for step in range(1, spec.steps + 1):
-        input_ids, labels = _collate([next(examples) for _ in range(spec.batch_size)])
-        loss = policy(input_ids=input_ids.to(device), labels=labels.to(device)).loss
+    go_on, step = True, 0
+    while go_on and step < spec.steps:
+        step += 1
+        input_ids, labels, answers = _rows(examples, spec.batch_size, ranks)
+        share = {} if ranks.size == 1 else {"num_items_in_batch": answers}
+        loss = policy(input_ids=input_ids.to(device), labels=labels.to(device), **share).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        if not report(step, float(loss)):
-            return
+        total = float(ranks.summed(loss.detach()))
+        said = Message("warm_start", {"go_on": report(step, total)}) if ranks.is_leader else None
+        go_on = bool(ranks.shared(said).told["go_on"])
+
+
+def _rows(examples: Iterator[list[int]], number: int, ranks: Ranks) -> tuple[Tensor, Tensor, int]:
+    """This rank's part of the next batch: ids and labels, and how many labels the whole batch has."""
+    said = None
+    if ranks.is_leader:
+        input_ids, labels = _collate([next(examples) for _ in range(number)])
+        said = Message("warm_start", {}, {"input_ids": input_ids, "labels": labels})
+    batch = ranks.shared(said).tensors
+    # A rank that has no row computes one for nothing: all take part in each pass.
+    spare = -len(batch["labels"]) % ranks.size
+    input_ids = functional.pad(batch["input_ids"], (0, 0, 0, spare))
+    labels = functional.pad(batch["labels"], (0, 0, 0, spare), value=IGNORE)
+    answers = int((batch["labels"][:, 1:] != IGNORE).sum())
+    return input_ids[ranks.rank :: ranks.size], labels[ranks.rank :: ranks.size], answers
 
 
 def _rate(progress: float, step: int) -> float:

@@ -70,6 +70,8 @@ def test_no_limit_is_ever_exceeded(jobs: list[tuple[str, int, int]], quota: int,
         ({"sites": [{"name": "west"}, {"name": "east"}]}, Use(1, 3, 0)),
         ({"sites": [{"name": "west"}], "resources": {"actors": 0}}, Use(1, 1, 0)),
         ({"train": {"steps": 1, "compute": {"device": "cuda"}}}, Use(1, 1, 1)),
+        ({"train": {"steps": 1, "compute": {"device": "cuda"}, "processes": 8}}, Use(1, 1, 8)),
+        ({"train": {"steps": 1, "processes": 8}}, Use(1, 1, 0)),
         ({"resources": {"generators": 3}, "generator": {"engine": "vllm", "tensor_parallel": 2}}, Use(1, 3, 6)),
     ],
 )

@@ -166,15 +166,19 @@ def test_a_hash_changes_with_what_is_made_and_with_nothing_else(tmp_path: Path) 
 def test_gpus_are_asked_for_where_the_job_needs_them(tmp_path: Path) -> None:
     gpu = {"gpu": {"nodeSelector": {"gpu": "h100"}, "tolerations": [{"key": "gpu"}]}}
     settings = cluster_settings(home=gpu)
-    job = {"train": {"steps": 3, "compute": {"device": "cuda"}}, "generator": {"engine": "vllm", "tensor_parallel": 2}}
+    train = {"steps": 3, "compute": {"device": "cuda"}, "processes": 4}
+    job = {"train": train, "generator": {"engine": "vllm", "tensor_parallel": 2}}
     work = works_in(tmp_path, settings, **job)["home"]
     found = {(one["kind"], one["metadata"]["name"]): one for one in manifests(work, settings.home, settings, Around())}
-    for service, count in (("learner", 1), ("generator", 2)):
+    for service, count in (("learner", 4), ("generator", 2)):
         pod = pod_of(found, service)
         assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == count
         assert pod["containers"][0]["image"] == f"longshore-{service}-gpu:1"
         assert pod["nodeSelector"] == {"gpu": "h100"}
+        assert {"name": "shm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
+        assert [one["emptyDir"]["medium"] for one in pod["volumes"] if one["name"] == "shm"] == ["Memory"]
     assert "nvidia.com/gpu" not in str(pod_of(found, "actor"))
+    assert "shm" not in str(pod_of(found, "actor"))
     plain = cluster_settings()
     with pytest.raises(Rejected, match=r"clusters\.home\.gpu"):
         manifests(works_in(tmp_path, plain, **job)["home"], plain.home, plain, Around())

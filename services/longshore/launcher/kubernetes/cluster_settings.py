@@ -69,7 +69,7 @@ class ServiceSettings(_Part):
 
 
 class GpuSettings(_Part):
-    """How pods get GPUs: generators of engine vllm as many as share a model, the learner one if its device is cuda."""
+    """How pods get GPUs: generators of engine vllm as many as share a model, the learner one a process on cuda."""
 
     resource: str = Field("nvidia.com/gpu", min_length=1)
     image_suffix: str = Field("-gpu", description="put behind an image's name, before its tag")

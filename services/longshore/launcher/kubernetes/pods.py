@@ -76,7 +76,12 @@ def pod(service: Service, work: SiteWork, cluster: ClusterSettings, images: Imag
     }
     if cluster.object_store_secret and service in ("actor", "learner", "relay"):
         container["envFrom"] = [{"secretRef": {"name": cluster.object_store_secret}}]
-    return {**spec, "containers": [container], "volumes": _volumes(service, work, cluster)}
+    volumes = _volumes(service, work, cluster)
+    if gpus > 1:
+        # By which NCCL brings them together; a container's own is 64 MiB.
+        container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 - the pod's own
+        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}})
+    return {**spec, "containers": [container], "volumes": volumes}
 
 
 def settings(service: Service, work: SiteWork, cluster: ClusterSettings) -> dict[str, str]:
@@ -146,7 +151,7 @@ def _environment(service: Service, work: SiteWork, cluster: ClusterSettings, log
 def _gpus(service: Service, work: SiteWork, cluster: ClusterSettings) -> int:
     spec = work.spec
     wanted = {
-        "learner": int(spec.train.compute.device == "cuda"),
+        "learner": spec.train.processes if spec.train.compute.device == "cuda" else 0,
         # Over vLLM; a cluster that says nothing of GPUs has the engine's build for CPUs.
         "generator": spec.generator.tensor_parallel if spec.generator.engine == "vllm" and cluster.gpu else 0,
     }.get(service, 0)

@@ -41,6 +41,11 @@ def totals_of(sequences: Sequence[TrainSequence]) -> Totals:
     return Totals(sum(counts.values()), by_rollout)
 
 
+def trained_before(sequences: Sequence[TrainSequence]) -> Tensor:
+    """[sequences] bool: whether a sequence's rollout was trained on before."""
+    return torch.tensor([sequence.use > 1 for sequence in sequences], dtype=torch.bool)
+
+
 def scales(kind: Normalise, rollouts: Tensor, totals: Totals, reply_limit: int | None) -> Tensor:
     """[N] factor of each token, for N tokens, R rollouts and |o| tokens in the token's rollout:
 
