@@ -111,6 +111,20 @@ def test_a_site_that_has_joined_shows_its_credential(tmp_path: Path) -> None:
     assert "longshore_home_broker_url" not in str(pod_of(found, "relay"))
 
 
+def test_large_rollouts_lie_where_each_site_says(tmp_path: Path) -> None:
+    blobs = {"blobsUrl": "s3://west/blobs/", "homeBlobsUrl": "s3://home/blobs"}
+    found = made(tmp_path, "west", west=blobs, home={"blobsUrl": "s3://home/blobs"})
+    relay = told(pod_of(found, "relay"))
+    assert relay["LONGSHORE_BLOBS_URL"] == "s3://west/blobs/j-1"
+    assert relay["LONGSHORE_HOME_BLOBS_URL"] == "s3://home/blobs/j-1"
+    home = made(tmp_path, home={"blobsUrl": "s3://home/blobs"})
+    assert {told(pod_of(home, service))["LONGSHORE_BLOBS_URL"] for service in ("actor", "learner")} == {
+        "s3://home/blobs/j-1"
+    }
+    # A pod has no other's disk.
+    assert told(pod_of(made(tmp_path), "actor"))["LONGSHORE_BLOBS_URL"] == ""
+
+
 def test_no_secret_is_in_an_environment_and_a_service_sees_what_it_needs(tmp_path: Path) -> None:
     found = made(tmp_path)
     sees = {}

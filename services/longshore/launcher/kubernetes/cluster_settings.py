@@ -128,6 +128,7 @@ class ClusterSettings(_Part):
     site_secret: str = Field("", description="secret with the key site.json")
     home_weights: str = Field("", description="host:port of the home's weight store, as this cluster reaches it")
     home_broker_secret: str = Field("", description="secret with the key longshore_home_broker_url")
+    home_blobs_url: str = Field("", description="the home's blobsUrl, as this cluster reaches it")
 
     def of(self, service: Service) -> ServiceSettings:
         return self.services.get(service, _PLAIN)

@@ -96,8 +96,8 @@ def settings(service: Service, work: SiteWork, cluster: ClusterSettings) -> dict
         "LONGSHORE_JOB_FILE": f"{_JOB}/job.json",
         "LONGSHORE_SPOOL_DIR": _SPOOL,
         "LONGSHORE_WEIGHTS_DIR": _WEIGHTS,
-        "LONGSHORE_BLOBS_URL": _blobs(cluster, work),
-        "LONGSHORE_HOME_BLOBS_URL": _blobs(cluster, work),
+        "LONGSHORE_BLOBS_URL": _blobs(cluster.blobs_url, work),
+        "LONGSHORE_HOME_BLOBS_URL": _blobs(cluster.home_blobs_url, work),
         "LONGSHORE_HOME_WEIGHTS": cluster.home_weights,
     }
     told |= {name: value for name, value in moved.items() if name in told}
@@ -130,8 +130,8 @@ def _address(process: str, work: SiteWork, cluster: ClusterSettings) -> str:
     return f"{work.base}-{service}.{cluster.namespace}.svc:{GRPC_PORT}"
 
 
-def _blobs(cluster: ClusterSettings, work: SiteWork) -> str:
-    return f"{cluster.blobs_url.rstrip('/')}/{work.unit}" if cluster.blobs_url else ""
+def _blobs(url: str, work: SiteWork) -> str:
+    return f"{url.rstrip('/')}/{work.unit}" if url else ""
 
 
 def _environment(service: Service, work: SiteWork, cluster: ClusterSettings, log_level: str) -> list[Manifest]:
