@@ -192,6 +192,7 @@ def test_gpus_are_asked_for_where_the_job_needs_them(tmp_path: Path) -> None:
         assert {"name": "shm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
         assert [one["emptyDir"]["medium"] for one in pod["volumes"] if one["name"] == "shm"] == ["Memory"]
     assert "nvidia.com/gpu" not in str(pod_of(found, "actor"))
+    assert "/dev/shm" not in str(pod_of(found, "actor"))
     assert "shm" not in str(pod_of(found, "actor"))
     plain = cluster_settings()
     with pytest.raises(Rejected, match=r"clusters\.home\.gpu"):

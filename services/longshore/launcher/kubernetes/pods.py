@@ -156,7 +156,7 @@ def _gpus(service: Service, work: SiteWork, cluster: ClusterSettings) -> int:
         "generator": spec.generator.tensor_parallel if spec.generator.engine == "vllm" and cluster.gpu else 0,
     }.get(service, 0)
     if wanted and cluster.gpu is None:
-        raise Rejected("gpu", f"the learner wants a GPU, and clusters.{work.site}.gpu is not set")
+        raise Rejected("gpu", f"the learner wants {wanted} GPUs, and clusters.{work.site}.gpu is not set")
     return wanted
 
 
@@ -231,6 +231,8 @@ def _mounts(service: Service, work: SiteWork, cluster: ClusterSettings) -> list[
             {"name": "data", "mountPath": env["LONGSHORE_RUN_DIR"], "subPath": f"runs/{work.unit}"},
             {"name": "data", "mountPath": keys, "subPath": f"state/jobs/{work.unit}"},
         ]
+    if _shares_memory(service, work):
+        mounts.append({"name": "memory", "mountPath": "/dev/shm"})  # noqa: S108 - the pod's own
     if cluster.data_claim and service != "relay":
         mounts.append({"name": "files", "mountPath": _FILES, "readOnly": True})
     return mounts
@@ -254,10 +256,19 @@ def _volumes(service: Service, work: SiteWork, cluster: ClusterSettings) -> list
         credential = {"key": "site.json", "path": "site.json"}
         secret = {"secretName": cluster.site_secret, "items": [credential], "defaultMode": 0o440}
         volumes.append({"name": "site", "secret": secret})
+    if _shares_memory(service, work):
+        volumes.append({"name": "memory", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}})
     if cluster.data_claim and service != "relay":
         claim = {"claimName": cluster.data_claim, "readOnly": True}
         volumes.append({"name": "files", "persistentVolumeClaim": claim})
     return volumes
+
+
+def _shares_memory(service: Service, work: SiteWork) -> bool:
+    """Whether its processes hand tensors to each other: a pod's own 64 MiB would not do."""
+    if service == "learner":
+        return work.spec.train.processes > 1
+    return service == "generator" and work.spec.generator.engine == "vllm"
 
 
 def _secrets(service: Service, work: SiteWork, cluster: ClusterSettings) -> Manifest:
