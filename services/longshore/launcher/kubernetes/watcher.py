@@ -278,7 +278,8 @@ class ClusterWatcher:
             job.status = job.lives.look(job.work, pods.get(unit, ()), learners, self._scaler.pods(unit))
             if job.status.trouble != job.trouble:
                 job.trouble = job.status.trouble
-                log.warning("pods wait", job=unit, cluster=self.site, pods=job.trouble)
+                if job.trouble:
+                    log.warning("pods wait", job=unit, cluster=self.site, pods=job.trouble)
 
     def _pods(self, seen: Mapping[Key, Manifest]) -> dict[str, list[PodSeen]]:
         found: dict[str, list[PodSeen]] = {}
