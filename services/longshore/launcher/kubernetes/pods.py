@@ -76,12 +76,7 @@ def pod(service: Service, work: SiteWork, cluster: ClusterSettings, images: Imag
     }
     if cluster.object_store_secret and service in ("actor", "learner", "relay"):
         container["envFrom"] = [{"secretRef": {"name": cluster.object_store_secret}}]
-    volumes = _volumes(service, work, cluster)
-    if gpus > 1:
-        # By which NCCL brings them together; a container's own is 64 MiB.
-        container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 - the pod's own
-        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}})
-    return {**spec, "containers": [container], "volumes": volumes}
+    return {**spec, "containers": [container], "volumes": _volumes(service, work, cluster)}
 
 
 def settings(service: Service, work: SiteWork, cluster: ClusterSettings) -> dict[str, str]:
