@@ -62,12 +62,12 @@ CANDIDATES: Mapping[str, Candidate] = {
     "oapl, beta 1": Candidate({"objective": {"name": "oapl", "beta": 1.0}}),
     "dppo": Candidate({"objective": "dppo"}, on_policy="tis"),
     "topr": Candidate({"objective": "topr"}, on_policy="tis"),
-    "topr, replay": Candidate({"objective": "topr", "replay": {}}, (0, 64)),
-    "topr, replay of half": Candidate({"objective": "topr", "replay": {"share": 0.5}}, (0, 64)),
+    "topr, replay": Candidate({"objective": "topr", "replay": {"max_age": 256}}, (0, 64)),
+    "topr, replay of half": Candidate({"objective": "topr", "replay": {"max_age": 256, "share": 0.5}}, (0, 64)),
     "topr, curriculum": Candidate({"objective": "topr"}, (0, 64), {}),
 }
-# What a job has when it does not say otherwise.
-DEFAULT = "dppo"
+# What a job of such a target staleness has when it does not say otherwise.
+DEFAULT = "topr"
 QUICK_CANDIDATES = ("clip", "tis", DEFAULT)
 GOALS = {64: 1.15, 256: 1.5}
 MAX_LOSS = 0.02

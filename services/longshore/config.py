@@ -16,7 +16,7 @@ from longshore.config_base import Spec
 from longshore.config_credit import AnyCredit, BatchWhitened, Credit, Gae, OverlongSpec
 from longshore.config_curriculum import CurriculumSpec
 from longshore.config_model import AnyModel, NewModel
-from longshore.config_objective import DppoObjective, EssStepSpec, KlSpec, Objective
+from longshore.config_objective import DppoObjective, EssStepSpec, KlSpec, Objective, with_default_objective
 from longshore.config_replay import ReplaySpec
 from longshore.documents import MAX_BYTES, parse_yaml
 from longshore.errors import Fault, InvalidJobSpec
@@ -118,7 +118,9 @@ class TrainSpec(Spec):
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    objective: Objective = DppoObjective()
+    objective: Objective = Field(
+        DppoObjective(), description="absent: dppo, or topr where target_staleness is 16 or more (docs/staleness.md)"
+    )
     advantage: Credit | None = Field(None, description="absent: what goes with the objective")
     overlong: OverlongSpec | None = None
     kl: KlSpec | None = Field(None, description="absent: no pull towards the policy that training began with")
@@ -146,6 +148,8 @@ class TrainSpec(Spec):
         description="that share out the learner's weights, gradients and optimizer, each with a device of its own",
     )
     lora: LoraSpec | None = Field(None, description="absent: all weights are trained")
+
+    _objective = model_validator(mode="before")(with_default_objective)
 
     @model_validator(mode="after")
     def _credit_fits(self) -> TrainSpec:

@@ -14,6 +14,8 @@ from longshore.job_faults import Misfit, refuse
 # How the losses of single tokens add up to the loss of a batch; learner/objectives/normalise.py.
 Normalise = Literal["tokens", "rollouts", "rollout-sums", "constant"]
 Level = Literal["token", "sequence"]
+# Target staleness from which on another objective is the default; chosen by measurement, docs/staleness.md.
+MUCH_STALENESS = 16
 
 
 class ObjectiveSpec(Spec):
@@ -271,6 +273,18 @@ AnyObjective = (
     | VespoObjective
 )
 Objective = Annotated[AnyObjective, Field(discriminator="name"), BeforeValidator(named)]
+
+
+def with_default_objective(train: object) -> object:
+    """A `train` whose tokens may be 16 versions old or older, and that does not say what it minimises, takes TOPR.
+
+    Example: with_default_objective({"steps": 9, "target_staleness": 64})["objective"] == "topr"
+    """
+    if isinstance(train, dict) and "objective" not in train:
+        staleness = train.get("target_staleness")
+        if isinstance(staleness, int) and staleness >= MUCH_STALENESS:
+            return {**train, "objective": "topr"}
+    return train
 
 
 class KlSpec(Spec):

@@ -37,6 +37,17 @@ def test_every_credit_is_chosen_by_its_name_alone(credit):
     assert parse_job(spec.model_dump(mode="json")) == spec
 
 
+@pytest.mark.parametrize(("staleness", "name"), [(0, "dppo"), (15, "dppo"), (16, "topr"), (256, "topr")])
+def test_the_default_objective_goes_by_the_target_staleness(staleness, name):
+    assert parse_job(job(target_staleness=staleness)).train.objective.name == name
+    assert parse_job(job(target_staleness=staleness, objective="clip")).train.objective.name == "clip"
+
+
+def test_an_impossible_staleness_is_the_only_fault():
+    _, faults = parse_what_stands(job(target_staleness=-1))
+    assert [fault.path for fault in faults] == ["train.target_staleness"]
+
+
 def test_the_default_is_what_it_was():
     train = parse_job(job()).train
     assert train.objective.model_dump() == {

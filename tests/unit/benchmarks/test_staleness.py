@@ -23,7 +23,7 @@ from benchmarks.staleness import (
 from benchmarks.staleness_game import GAMES
 from longshore.config import TrainSpec
 
-PLAN = Plan(("pair",), ("clip", "tis", "dppo"), (0, 64, 256), 2, 4000, 1024)
+PLAN = Plan(("pair",), ("clip", "tis", "topr"), (0, 64, 256), 2, 4000, 1024)
 
 
 def test_the_interval_is_that_of_a_bootstrap():
@@ -52,8 +52,8 @@ GOOD = {
     "tis_0": (1900, 2100),
     "tis_64": (2300, 2300),
     "tis_256": (3000, 3000),
-    "dppo_64": (2200, 2300),
-    "dppo_256": (2800, 2900),
+    "topr_64": (2200, 2300),
+    "topr_256": (2800, 2900),
 }
 
 
@@ -69,17 +69,17 @@ def test_candidates_are_compared_with_the_best_on_policy():
     assert row.value == pytest.approx(3500 / 2000)
     assert "1 of 2 never" in row.against
     assert row.holds is None
-    assert figures["pair, dppo, staleness 64: samples to target"].holds
-    assert figures["pair, dppo, staleness 256: samples to target"].value == pytest.approx(2850 / 2000)
-    assert figures["pair, dppo, staleness 256: samples to target"].holds
-    assert figures["pair, dppo, staleness 256: final reward below on-policy"].holds
+    assert figures["pair, topr, staleness 64: samples to target"].holds
+    assert figures["pair, topr, staleness 256: samples to target"].value == pytest.approx(2850 / 2000)
+    assert figures["pair, topr, staleness 256: samples to target"].holds
+    assert figures["pair, topr, staleness 256: final reward below on-policy"].holds
 
 
 def test_what_falls_short_is_said():
-    figures = judged(dppo_64=(2500, 2600), dppo_256=(None, 2900))
-    assert figures["pair, dppo, staleness 64: samples to target"].holds is False
-    assert figures["pair, dppo, staleness 256: samples to target"].holds is False
-    assert figures["pair, dppo, staleness 256: final reward below on-policy"].holds is False
+    figures = judged(topr_64=(2500, 2600), topr_256=(None, 2900))
+    assert figures["pair, topr, staleness 64: samples to target"].holds is False
+    assert figures["pair, topr, staleness 256: samples to target"].holds is False
+    assert figures["pair, topr, staleness 256: final reward below on-policy"].holds is False
 
 
 def test_a_task_that_is_learned_too_soon_is_void():
@@ -91,19 +91,19 @@ def test_a_task_that_is_learned_too_soon_is_void():
 
 def test_on_policy_the_runs_of_its_like_count_for_a_candidate():
     figures = judged()
-    assert figures["pair, dppo, staleness 0: samples to target"].value == 1.0
+    assert figures["pair, topr, staleness 0: samples to target"].value == 1.0
     made = runs(**GOOD)
-    assert [run.candidate for run in chosen(made, "pair", "dppo", 0)] == ["tis", "tis"]
-    assert [run.candidate for run in chosen(made, "pair", "dppo", 64)] == ["dppo", "dppo"]
-    assert chosen(made, "pair", "dppo", 16) == []
+    assert [run.candidate for run in chosen(made, "pair", "topr", 0)] == ["tis", "tis"]
+    assert [run.candidate for run in chosen(made, "pair", "topr", 64)] == ["topr", "topr"]
+    assert chosen(made, "pair", "topr", 16) == []
 
 
 def test_only_what_is_missing_is_run():
-    assert wanted_of("pair", PLAN, []) == [("clip", [0, 64, 256]), ("tis", [0, 64, 256]), ("dppo", [64, 256])]
+    assert wanted_of("pair", PLAN, []) == [("clip", [0, 64, 256]), ("tis", [0, 64, 256]), ("topr", [64, 256])]
     there = runs(clip_0=(1, 1), clip_64=(1, 1), clip_256=(1, 1), tis_64=(1, 1))
-    assert wanted_of("pair", PLAN, there) == [("tis", [0, 256]), ("dppo", [64, 256])]
-    alone = replace(PLAN, candidates=("dppo", "topr, curriculum"))
-    assert wanted_of("pair", alone, []) == [("dppo", [0, 64, 256]), ("topr, curriculum", [0, 64])]
+    assert wanted_of("pair", PLAN, there) == [("tis", [0, 256]), ("topr", [64, 256])]
+    alone = replace(PLAN, candidates=("topr", "topr, curriculum"))
+    assert wanted_of("pair", alone, []) == [("topr", [0, 64, 256]), ("topr, curriculum", [0, 64])]
 
 
 def test_runs_of_another_plan_are_left_where_they_are(tmp_path):
