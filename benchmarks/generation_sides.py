@@ -118,11 +118,12 @@ class Engine:
         """The time between two decode steps with a swap in it, and without one, while nothing is admitted."""
         pauses: list[float] = []
         for _ in range(count):
+            # Staged before, so that no reply ends while that is done.
+            self._stage()
             names = {self._submit(prompt, 200, watched=True) for prompt in prompts(streams)}
             for _ in range(WARM_STEPS * streams):
                 self._take()
             self._told.clear()
-            self._stage()
             done: list[float] = []
             swapped = self._engine.swap()
             swapped.add_done_callback(lambda _, done=done: done.append(time.perf_counter()))  # type: ignore[misc]
