@@ -10,9 +10,9 @@ import sys
 import threading
 import time
 
-from longshore.config import JobSpec, parse_what_stands
-from longshore.errors import Fault, InvalidJobSpec, Unavailable
-from longshore.job_faults import is_told
+from longshore.config import JobSpec
+from longshore.errors import Fault, Unavailable
+from longshore.tasks.check import check_document
 
 _GIVES_UP_S = 2.0
 
@@ -42,12 +42,7 @@ class CheckProcesses:
             InvalidJobSpec: with every fault, those of the document and those of the world in one list.
             Unavailable: the check did not end in time.
         """
-        spec, faults = parse_what_stands(document)
-        told = {fault.path for fault in faults}
-        more = [fault for fault in self._check(spec) if not is_told(fault.path, told)] if spec else []
-        if spec is None or faults or more:
-            raise InvalidJobSpec(faults + more)
-        return spec
+        return check_document(document, self._check)
 
     def close(self) -> None:
         """Ends the processes; those at work, when their work is done."""
