@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,15 @@ def test_what_wants_too_much_memory_is_told_so(checks: CheckProcesses) -> None:
 def test_a_plug_in_that_brings_its_process_down_brings_nothing_else_down(checks: CheckProcesses) -> None:
     (fault,) = faults(checks, document("die"))
     assert fault.startswith(f"(document): ended the process that checked it (signal {int(signal.SIGSEGV)})")
+    assert faults(checks, document("nothing")) == ["tasks.source: has no tasks"]
+
+
+def test_no_job_is_blamed_for_a_process_that_died_before_it(checks: CheckProcesses) -> None:
+    assert faults(checks, document("nothing")) == ["tasks.source: has no tasks"]
+    (process,) = helpers()
+    process.kill()
+    while process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
     assert faults(checks, document("nothing")) == ["tasks.source: has no tasks"]
 
 

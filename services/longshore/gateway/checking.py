@@ -53,9 +53,7 @@ class CheckProcesses:
             process.end()
 
     def _check(self, spec: JobSpec) -> list[Fault]:
-        with self._lock:
-            process = self._idle.pop() if self._idle else None
-        process = process or _Process(self._memory_mb, self._timeout_s)
+        process = self._idle_one() or _Process(self._memory_mb, self._timeout_s)
         try:
             answer = process.ask(spec.model_dump_json(), self._timeout_s)
         except TimeoutError:
@@ -70,6 +68,16 @@ class CheckProcesses:
         if not keep:
             process.end()
         return [Fault(**fault) for fault in json.loads(answer)]
+
+    def _idle_one(self) -> _Process | None:
+        """One that waits; those that have died while they did are nobody's fault."""
+        with self._lock:
+            while self._idle:
+                process = self._idle.pop()
+                if process.alive:
+                    return process
+                process.end()
+        return None
 
     def _death(self, code: int) -> str:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -92,6 +100,10 @@ class _Process:
             self._process = subprocess.Popen(
                 argv, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
             )
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     def ask(self, line: str, timeout_s: float) -> bytes:
         """Raises TimeoutError, ConnectionError: it has died."""
